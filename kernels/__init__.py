@@ -1,0 +1,1 @@
+"""Kernels that torch.compile cannot write as well; none yet."""

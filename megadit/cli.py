@@ -1,0 +1,255 @@
+"""The `megadit` command: one short function per command, no logic. torch is imported inside, so that --help is fast."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megadit.launcher.failures import run_reporting
+from megadit.launcher.processes import wait_for_interrupt
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    error; one line on standard error says what was wrong
+  2    the command line could not be understood
+  75   interrupted with a checkpoint; the same command resumes
+  130  interrupted with nothing to save"""
+
+ENVIRONMENT = """\b
+Environment:
+  AWS_ENDPOINT_URL       S3 endpoint, for stores other than AWS
+  AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_PROFILE
+                         credentials, by boto3's usual chain
+  MEGADIT_TRACEBACK=1    show the traceback of an error, too"""
+
+app = typer.Typer(
+    name="megadit",
+    help="Pretrain diffusion transformers with muP: tune on a small model, train the big one.\n\n"
+    "\b\nA first run, by hand (`make quickstart` does the same):\n"
+    "  megadit data serve runs/s3            # a local S3 server; copy its export lines\n"
+    "  megadit data pack emoji s3://megadit/emoji --where skin_tone=false\n"
+    "  megadit train quickstart\n"
+    '  megadit sample runs/quickstart --prompt "red heart" --grid out.png\n\n' + EXIT_CODES + "\n\n" + ENVIRONMENT,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Pack data sets and serve them locally.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
+shapes_app = typer.Typer(help="Base shapes for muP.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(shapes_app, name="shapes")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as optimizer.lr=2^-8."),
+]
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[str, typer.Argument(help="`emoji` (shipped), or a folder or zip of images with captions.jsonl.")],
+    destination: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder; gets train/ and validation/.")],
+    size: Annotated[int, typer.Option(min=1, help="Side of the packed images, in pixels.")] = 32,
+    encoder: Annotated[str, typer.Option(help="`minilm`, or the folder of a transformers text model.")] = "minilm",
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Keep samples whose metadata say so; repeatable.")
+    ] = None,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples of one shard.")] = 512,
+    holdout: Annotated[int, typer.Option(min=2, help="One concept in this many goes to validation/.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which samples are packed.")] = 0,
+) -> None:
+    """Pack images and captions into WebDataset shards with a manifest.
+
+    Captions are encoded here, once. The same arguments give the same bytes; what is packed already is left as it is,
+    and a different data set at DESTINATION is an error. The manifest is written last, so half a pack is never read.
+
+    \b
+    Examples:
+      megadit data pack emoji s3://megadit/emoji --where skin_tone=false
+      megadit data pack photos/ /data/photos --size 256 --encoder /models/t5
+    """
+    from megadit.data.pack import pack
+    from megadit.data.sources import open_source
+    from megadit.data.text_encoder import TextEncoder
+
+    with _progress_bar("packing") as on_progress:
+        packed = pack(
+            open_source(source),
+            destination,
+            size=size,
+            encoder=TextEncoder.load(encoder),
+            seed=seed,
+            shard_samples=shard_samples,
+            holdout=holdout,
+            where=where or [],
+            on_progress=on_progress,
+        )
+    if not packed.skipped:
+        counts = f"{packed.train.num_samples} training and {packed.validation.num_samples} validation samples"
+        print(f"packed {counts} to {destination}")
+
+
+@data_app.command("serve")
+def data_serve(
+    directory: Annotated[Path, typer.Argument(help="Folder of the stored objects; made if missing.")],
+    bucket: Annotated[str, typer.Option(help="Bucket to make if it is missing.")] = "megadit",
+) -> None:
+    """Run an S3 server (SeaweedFS) on 127.0.0.1 until Ctrl-C.
+
+    Prints the lines that let another shell use it. What it stores stays in DIRECTORY; address and keys are new each
+    time.
+
+    \b
+    Example:
+      megadit data serve runs/s3
+    """
+    from megadit.data.local_s3 import LocalS3
+
+    with LocalS3(directory) as server:
+        server.create_bucket(bucket)
+        for name, value in server.environment.items():
+            print(f"export {name}={value}")
+        sys.stdout.flush()
+        wait_for_interrupt()
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/NAME]")] = None,
+) -> None:
+    """Train what RECIPE says, or resume the run if it has begun.
+
+    Starts engine.num_ranks local processes by itself; started by torchrun, deepspeed or srun it joins the ranks that
+    they started. Ctrl-C or SIGTERM writes a checkpoint and stops; the same command goes on from there, on another
+    engine or number of ranks too. The folder of the run gets the resolved recipe, the parameter table, metrics.jsonl,
+    TensorBoard files and checkpoints.
+
+    \b
+    Examples:
+      megadit train quickstart
+      megadit train quickstart optimizer.lr=2^-8 training.num_images=4096 --run runs/lr8
+      megadit train quickstart engine.kind=zero3        # go on under another engine
+      torchrun --nproc-per-node 8 -m megadit train my.yaml engine.kind=fsdp
+    """
+    from megadit.launcher.train import train as launch_or_join
+
+    raise typer.Exit(launch_or_join(recipe, overrides or [], run))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of the run; its newest whole checkpoint is used.")],
+    grid: Annotated[Path, typer.Option(help="PNG file of the labelled pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    ema: Annotated[
+        str | None,
+        typer.Option(
+            help="Average of the weights, such as ema_0.99, or `weight` for none.  [default: the first average]"
+        ),
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 25,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+) -> None:
+    """Draw pictures for prompts with a trained model.
+
+    \b
+    Examples:
+      megadit sample runs/quickstart --prompt "red heart" --prompt "yellow star" --grid out.png
+      megadit sample runs/quickstart --prompt-file prompts.txt --guidance-scale 2 --grid out.png
+    """
+    prompts = (prompt or []) + (prompt_file.read_text().splitlines() if prompt_file else [])
+    if not prompts:
+        raise ValueError("nothing to draw: give --prompt or --prompt-file")
+    from megadit.sampling.generate import sample as generate
+
+    generate(run, prompts, grid, ema, guidance_scale, steps, seed)
+    print(f"wrote {grid}")
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print the resolved recipe and its parameter table.
+
+    The table has one line for each parameter: name, shape, role, width multiplier, initialisation, learning rate and
+    weight decay. It is computed without allocating a weight.
+
+    \b
+    Example:
+      megadit recipe show quickstart model.width=512
+    """
+    from megadit.parametrization.table import build_table, format_table
+    from megadit.recipe import dump, load
+
+    resolved = load(recipe, overrides or [])
+    print(dump(resolved))
+    print(format_table(build_table(resolved)))
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Print the names of the shipped recipes."""
+    from megadit.recipe import RECIPE_FOLDER
+
+    print("\n".join(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))))
+
+
+@shapes_app.command("make")
+def shapes_make(
+    recipe: RecipeName, path: Annotated[Path, typer.Argument(metavar="OUT.bsh", help="File to write.")]
+) -> None:
+    """Write the base shapes of RECIPE's model as a .bsh file (the format of the mup package).
+
+    \b
+    Example:
+      megadit shapes make quickstart quickstart.bsh
+    """
+    from megadit.parametrization.base_shapes import make
+    from megadit.recipe import load
+
+    make(load(recipe), path)
+
+
+@app.command()
+def quickstart(
+    run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+) -> None:
+    """Pack the shipped pictures into a local S3 server, train a small model on them, and sample from it.
+
+    Needs no GPU, no account and no network. Ctrl-C leaves a checkpoint; the same command resumes.
+    """
+    from megadit.quickstart import quickstart as run_quickstart
+
+    raise typer.Exit(run_quickstart(run))
+
+
+@contextmanager
+def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that moves a bar on the terminal; elsewhere it draws nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes one line on standard error and exit code 1."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    run_reporting(app)

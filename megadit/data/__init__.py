@@ -1,0 +1,1 @@
+"""Packed shards, the manifest, streams and encoders."""

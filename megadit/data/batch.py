@@ -1,0 +1,90 @@
+"""What the trainer gets: samples put together into batches, with every random draw they need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Features of one caption: tokens float32 [L, D] of its true length, pooled float32 [P]."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1)."""
+
+    image: Tensor
+    text: TextFeatures
+    noise: Tensor
+    timestep_uniform: float
+    drop_uniform: float
+    epoch: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples; C, H, W of the picture, L tokens of the longest caption, D and P features.
+
+    images           float32 [B, C, H, W] in [-1, 1]
+    text             float32 [B, L, D], zero after each caption's end
+    text_lengths     int64 [B]
+    pooled           float32 [B, P]
+    noise            float32 [B, C, H, W], standard normal
+    timestep_uniform float32 [B] in [0, 1)
+    drop_uniform     float32 [B] in [0, 1); 1 where the caption is never dropped
+    epoch, sample    int64 [B]; `sample` is the place in the manifest
+    """
+
+    images: Tensor
+    text: Tensor
+    text_lengths: Tensor
+    pooled: Tensor
+    noise: Tensor
+    timestep_uniform: Tensor
+    drop_uniform: Tensor
+    epoch: Tensor
+    sample: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples in their order."""
+    text, text_lengths, pooled = pad_text([sample.text for sample in samples])
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        text=text,
+        text_lengths=text_lengths,
+        pooled=pooled,
+        noise=torch.stack([sample.noise for sample in samples]),
+        timestep_uniform=torch.tensor([sample.timestep_uniform for sample in samples], dtype=torch.float32),
+        drop_uniform=torch.tensor([sample.drop_uniform for sample in samples], dtype=torch.float32),
+        epoch=torch.tensor([sample.epoch for sample in samples]),
+        sample=torch.tensor([sample.sample for sample in samples]),
+    )
+
+
+def pad_text(features: Sequence[TextFeatures]) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions as text float32 [B, L, D] (zero after each end), lengths int64 [B] and pooled float32 [B, P]."""
+    lengths = torch.tensor([len(caption.tokens) for caption in features])
+    text = torch.nn.utils.rnn.pad_sequence([caption.tokens for caption in features], batch_first=True)
+    return text, lengths, torch.stack([caption.pooled for caption in features])
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch of several, in their order, text padded to the longest caption of all."""
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch.text.shape[1] for batch in batches)
+    columns = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(Batch)}
+    columns["text"] = [pad(text, (0, 0, 0, longest - text.shape[1])) for text in columns["text"]]
+    return Batch(**{name: torch.cat(tensors) for name, tensors in columns.items()})

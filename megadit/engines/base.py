@@ -1,0 +1,146 @@
+"""What an engine is: a model spread over ranks, trained and stored by parameter name.
+
+An engine knows nothing of the model beyond "these are the blocks" (`model.blocks`). Everything that outlives a process
+(weights, moments, averages) it shows as `Shard`s: contiguous ranges of flattened fp32 tensors. FSDP2's dim-0 shards, ZeRO-3's
+partitions and whole tensors are all of that form, so averages and checkpoints are written once for every engine.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megadit.parametrization.groups import param_groups
+from megadit.parametrization.initialisation import initial_value
+from megadit.parametrization.table import ParamSpec
+from megadit.recipe import Optimizer, Recipe
+
+# Runs the model on one micro-batch and returns its losses per sample, fp32 [B].
+LossClosure = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The contiguous range [offset, offset + values.numel()) of one flattened parameter that this rank owns."""
+
+    shape: torch.Size  # of the whole parameter
+    offset: int
+    values: Tensor  # fp32, one-dimensional, a view of the engine's master weight; may be empty
+
+
+class Engine(Protocol):
+    """A model on this rank's share of the hardware. Every method is called by all ranks together."""
+
+    device: torch.device
+    shards: Mapping[str, Shard]
+
+    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:
+        """One optimizer step on this rank's micro-batches, which are of equal size.
+
+        Returns the losses of this rank's samples, detached, and the global gradient norm before clipping.
+        Learning rates are those of the parameter table times `lr_factor`. A gradient that is not finite raises
+        FloatingPointError on every rank.
+        """
+        ...
+
+    def evaluate(self, micro_batch: LossClosure) -> Tensor:
+        """Losses per sample of one batch, without gradients."""
+        ...
+
+    def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Adam's first and second moments by name, as views in the layout of `shards`."""
+        ...
+
+    def weights_written(self) -> None:
+        """Take notice that the values of `shards` were overwritten from outside."""
+        ...
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Set the optimizer's step count, from which Adam corrects the bias of its moments."""
+        ...
+
+
+def build(recipe: Recipe) -> Engine:
+    """The engine that the recipe names, with initial weights. Needs a process group where there are several ranks."""
+    if recipe.engine.kind == "zero3":
+        from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import
+
+        return ZeroEngine(recipe)
+    from megadit.engines.fsdp import TorchEngine
+
+    return TorchEngine(recipe)
+
+
+def process_device() -> torch.device:
+    """The device of this rank: its GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a model built on the meta device (uninitialised) memory; its buffers keep their values."""
+    buffers = dict(model.named_buffers())
+    meta = [name for name, value in buffers.items() if value.is_meta]
+    assert not meta, f"buffers have no values on the meta device: {meta}"
+    model.to_empty(device=device)
+    for name, value in buffers.items():
+        model.get_buffer(name).copy_(value)
+
+
+def load_initial_weights(engine: Engine, specs: Sequence[ParamSpec], seed: int) -> None:
+    """Compute each parameter's initial value whole, from (seed, name) alone, and keep this rank's range of it."""
+    for spec in specs:
+        shard = engine.shards[spec.name]
+        end = shard.offset + shard.values.numel()
+        shard.values.copy_(initial_value(spec, seed).view(-1)[shard.offset : end])
+    engine.weights_written()
+
+
+def adamw(parameters: Mapping[str, Tensor], specs: Sequence[ParamSpec], recipe: Optimizer) -> torch.optim.AdamW:
+    """torch's AdamW over the named parameters, grouped as the parameter table says."""
+    groups = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "eps": group.eps,
+        }
+        for group in param_groups(specs)
+    ]
+    return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+
+
+def require_finite(norm: float) -> None:
+    """Raise FloatingPointError for a gradient norm that is not finite."""
+    if not norm < float("inf"):
+        raise FloatingPointError(f"the gradient norm is {norm}: the learning rate is too high, or a sample is broken")
+
+
+@contextmanager
+def replaced_weights(engine: Engine, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the model with other weights, such as an average, and put its own back afterwards."""
+    kept = {name: shard.values.clone() for name, shard in engine.shards.items()}
+    write_weights(engine, values)
+    try:
+        yield
+    finally:
+        write_weights(engine, kept)
+
+
+def write_weights(engine: Engine, values: Mapping[str, Tensor]) -> None:
+    """Overwrite every weight; optimizer state and step count stay."""
+    for name, shard in engine.shards.items():
+        shard.values.copy_(values[name])
+    engine.weights_written()

@@ -1,0 +1,172 @@
+"""MMDiT: image and text tokens in two streams that attend jointly (Stable Diffusion 3, arXiv 2403.03206, figure 2).
+
+Equal in function to SD3Transformer2DModel of diffusers with qk_norm="rms_norm" where all captions have full length.
+Shapes: B samples, T image tokens, L text tokens, S = T + L, D width, H heads, E head dimension.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megadit.kernels.attention import attention
+from megadit.kernels.joint_qkv import joint_qkv
+from megadit.models.layers import (
+    MLP,
+    SINUSOID_CHANNELS,
+    Modulation,
+    Readout,
+    grid_positions,
+    modulate,
+    timestep_sinusoid,
+)
+from megadit.recipe import MMDiTModel
+
+
+class MMDiT(nn.Module):
+    """The velocity (or noise) prediction network. `blocks` are what engines shard.
+
+    Weights come from `megadit.parametrization`; a fresh instance has torch's defaults.
+    """
+
+    def __init__(self, config: MMDiTModel) -> None:
+        super().__init__()
+        self.config = config
+        width, patch_features = config.width, config.in_channels * config.patch_size**2
+        self.patch_embed = nn.Linear(patch_features, width)
+        self.text_embed = nn.Linear(config.text_dim, width)
+        self.time_embed = MLP(SINUSOID_CHANNELS, width, width, "silu")
+        self.pooled_embed = MLP(config.pooled_dim, width, width, "silu")
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(JointBlock(config, ends_text=index == last) for index in range(config.depth))
+        self.final_modulation = Modulation(width, 2)
+        self.readout = Readout(width, patch_features)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, *, text: Tensor, text_lengths: Tensor, pooled: Tensor) -> Tensor:
+        """Predict a tensor like `x_BCHW`, for times `t_B` in [0, 1] (fp32).
+
+        `text` [B, L, text_dim] holds text_lengths [B] tokens per sample; what lies beyond is padding and has no
+        influence. `pooled` is [B, pooled_dim]. Activations take the dtype of the weights. Raises ValueError for an
+        image of another size than the recipe's.
+        """
+        config = self.config
+        if x_BCHW.shape[1:] != (config.in_channels, config.input_size, config.input_size):
+            expected = f"[B, {config.in_channels}, {config.input_size}, {config.input_size}]"
+            raise ValueError(f"the model takes images of shape {expected}, not {list(x_BCHW.shape)}")
+        dtype = self.patch_embed.weight.dtype
+        side = config.input_size // config.patch_size
+        num_image_tokens = side * side
+
+        text_mask_BL = torch.arange(text.shape[1], device=text.device) < text_lengths[:, None]
+        key_mask_BS = torch.nn.functional.pad(text_mask_BL, (num_image_tokens, 0), value=True)
+        text = text.to(dtype).masked_fill(~text_mask_BL[:, :, None], 0)  # a NaN in the padding would pass the mask
+
+        image_BTD = self.patch_embed(patchify(x_BCHW.to(dtype), config.patch_size))
+        image_BTD = image_BTD + grid_positions(side, config.width, x_BCHW.device).to(image_BTD.dtype)
+        text_BLD = self.text_embed(text)
+        condition_BD = self.time_embed(timestep_sinusoid(t_B).to(dtype)) + self.pooled_embed(pooled.to(dtype))
+        condition_BD = torch.nn.functional.silu(condition_BD)
+
+        for block in self.blocks:
+            image_BTD, text_BLD = block(image_BTD, text_BLD, condition_BD, key_mask_BS)
+
+        shift, scale = self.final_modulation(condition_BD)
+        return unpatchify(self.readout(modulate(image_BTD, shift, scale)), config.in_channels, config.patch_size)
+
+
+class JointBlock(nn.Module):
+    """One block: both streams attend to the tokens of both, then each goes through its own MLP.
+
+    The last block `ends_text`: there, text gives keys and values to the image and goes no further.
+    """
+
+    def __init__(self, config: MMDiTModel, *, ends_text: bool) -> None:
+        super().__init__()
+        self.image = Stream(config, ends_here=False)
+        self.text = Stream(config, ends_here=ends_text)
+        self.qk_norm = JointQKNorm(config.head_dim)
+
+    def forward(
+        self, image_BTD: Tensor, text_BLD: Tensor, condition_BD: Tensor, key_mask_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        num_image_tokens = image_BTD.shape[1]
+        image_qkv, *image_rest = self.image.prepare(image_BTD, condition_BD)
+        text_qkv, *text_rest = self.text.prepare(text_BLD, condition_BD)
+        q, k, v = self.qk_norm(image_qkv, text_qkv)
+        attended = attention(q, k, v, key_mask_BS).flatten(2)
+        image_BTD = self.image.finish(image_BTD, attended[:, :num_image_tokens], image_rest)
+        if not self.text.ends_here:
+            text_BLD = self.text.finish(text_BLD, attended[:, num_image_tokens:], text_rest)
+        return image_BTD, text_BLD
+
+
+class JointQKNorm(nn.Module):
+    """RMS norm of the queries and keys of both streams, and the joint sequence of what comes out."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.image_q = nn.Parameter(torch.ones(head_dim))
+        self.image_k = nn.Parameter(torch.ones(head_dim))
+        self.text_q = nn.Parameter(torch.ones(head_dim))
+        self.text_k = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, image_qkv: Tensor, text_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, S, H, E] from the qkv projections of both streams."""
+        image_weights, text_weights = torch.stack([self.image_q, self.image_k]), torch.stack([self.text_q, self.text_k])
+        return joint_qkv(image_qkv, text_qkv, image_weights, text_weights)
+
+
+class Stream(nn.Module):
+    """The weights of one kind of token in a block; where the stream ends, only those that feed the attention.
+
+    (Even there the queries are computed, as in SD3: their weights are idle.)
+    """
+
+    def __init__(self, config: MMDiTModel, *, ends_here: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.ends_here = ends_here
+        self.modulation = Modulation(width, 2 if ends_here else 6)
+        self.qkv = nn.Linear(width, 3 * width)
+        if not ends_here:
+            self.proj = nn.Linear(width, width)
+            self.mlp = MLP(width, config.mlp_ratio * width, width, "gelu_tanh")
+
+    def prepare(self, x_BTD: Tensor, condition_BD: Tensor) -> tuple[Tensor, ...]:
+        """The qkv projection [B, T, 3 * D], and the modulation that `finish` needs."""
+        shift, scale, *rest = self.modulation(condition_BD)
+        return self.qkv(modulate(x_BTD, shift, scale)), *rest
+
+    def finish(self, x_BTD: Tensor, attended_BTD: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """Add the projected attention output and the MLP, each times its gate."""
+        gate_attention, shift, scale, gate_mlp = modulation
+        x_BTD = torch.addcmul(x_BTD, gate_attention, self.proj(attended_BTD))
+        return torch.addcmul(x_BTD, gate_mlp, self.mlp(modulate(x_BTD, shift, scale)))
+
+
+def patchify(x_BCHW: Tensor, patch_size: int) -> Tensor:
+    """[B, T, C * p * p]: patches row by row, each flattened as (channel, row, column)."""
+    B, C, H, W = x_BCHW.shape
+    x = x_BCHW.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x_BTF: Tensor, channels: int, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
+    side = round(x_BTF.shape[1] ** 0.5)
+    x = x_BTF.unflatten(1, (side, side)).unflatten(3, (channels, patch_size, patch_size))
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(x.shape[0], channels, side * patch_size, side * patch_size)
+
+
+def num_flops(config: MMDiTModel, num_text_tokens: int) -> int:
+    """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two."""
+    D, T, L = config.width, (config.input_size // config.patch_size) ** 2, num_text_tokens
+    patch_features = config.in_channels * config.patch_size**2
+    stream_per_token = (4 + 2 * config.mlp_ratio) * D * D
+    block = (T + L) * stream_per_token + 2 * (T + L) ** 2 * D + 12 * D * D
+    idle_in_last = L * (stream_per_token - 3 * D * D) + 4 * D * D  # the text stream ends there
+    embeddings = (
+        T * patch_features * D + L * config.text_dim * D + (SINUSOID_CHANNELS + D) * D + (config.pooled_dim + D) * D
+    )
+    final = 2 * D * D + T * D * patch_features
+    return 2 * (config.depth * block - idle_in_last + embeddings + final)

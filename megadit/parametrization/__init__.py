@@ -1,0 +1,1 @@
+"""muP as data: base shapes, the parameter table, initialisation and optimizer groups."""

@@ -1,0 +1,24 @@
+"""The row of the parameter table: all that the parametrization decides about one tensor."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Matrices by which of (fan-out, fan-in) are widths: neither, fan-out, both; "output" is the weight of a Readout.
+Role = Literal["finite", "input", "hidden", "output", "vector"]
+InitKind = Literal["normal", "xavier_uniform", "zero", "one"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One trainable parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    width_mult: float  # width / base width of the last dimension that is a width; 1 without one
+    init: InitKind
+    init_std: float  # 0 for the constant kinds
+    lr: float
+    weight_decay: float
+    eps: float
+    multiplier: float = 1.0  # in the forward pass; other than 1 only for weights of Readout

@@ -1,0 +1,125 @@
+"""The parameter table: role, width multiplier, initialisation, learning rate and weight decay of every parameter.
+
+Computed from the recipe on the meta device, before anything is sharded (Tensor Programs V, arXiv 2203.03466, table 8,
+for Adam). A trainable parameter without a role is an error.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from megadit.models.layers import Readout
+from megadit.parametrization import base_shapes
+from megadit.parametrization.base_shapes import BaseShapes
+from megadit.parametrization.initialisation import rule
+from megadit.parametrization.spec import ParamSpec, Role
+from megadit.recipe import Recipe
+
+
+def build_table(recipe: Recipe) -> list[ParamSpec]:
+    """One ParamSpec per trainable parameter, in the model's order.
+
+    Raises ValueError for base shapes that do not fit the model, and for a parameter that has no role.
+    """
+    model = base_shapes.meta_model(recipe.model)
+    if recipe.parametrization.kind == "sp":
+        return table_of(model, None, recipe)
+    source = recipe.parametrization.base_shapes or f"base_width {recipe.parametrization.base_width}"
+    shapes = base_shapes.of_recipe(recipe)
+    base_shapes.require_match(shapes, model, source)
+    return table_of(model, shapes, recipe)
+
+
+def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> list[ParamSpec]:
+    """The table of a model whose parameters belong to linear layers or have one dimension.
+
+    Without `shapes` nothing is a width.
+    """
+    specs = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        shape = tuple(parameter.shape)
+        base = shapes[name] if shapes is not None else (None,) * len(shape)
+        role = _role(name, module, base)
+        m = _width_mult(shape, base)
+        hidden_mult = m if role == "hidden" else 1.0
+        init, std = rule(module, leaf, parameter, hidden_mult, recipe.parametrization)
+        specs.append(
+            ParamSpec(
+                name=name,
+                shape=shape,
+                role=role,
+                width_mult=m,
+                init=init,
+                init_std=std,
+                lr=recipe.optimizer.lr / hidden_mult,
+                weight_decay=recipe.optimizer.weight_decay * hidden_mult,
+                eps=recipe.optimizer.eps,
+                multiplier=recipe.parametrization.output_mult / m if role == "output" else 1.0,
+            )
+        )
+    return specs
+
+
+def to_rows(specs: Iterable[ParamSpec]) -> list[dict[str, Any]]:
+    """The table for JSON."""
+    return [asdict(spec) | {"shape": list(spec.shape)} for spec in specs]
+
+
+def format_table(specs: Sequence[ParamSpec]) -> str:
+    """The table as aligned text, with the number of parameters in the last line."""
+    rows = [("name", "shape", "role", "m", "init", "multiplier", "lr", "weight decay")]
+    for spec in specs:
+        init = spec.init if spec.init in ("zero", "one") else f"{spec.init} {spec.init_std:.4g}"
+        shape = " x ".join(map(str, spec.shape))
+        rows.append(
+            (
+                spec.name,
+                shape,
+                spec.role,
+                f"{spec.width_mult:g}",
+                init,
+                f"{spec.multiplier:g}",
+                f"{spec.lr:.4g}",
+                f"{spec.weight_decay:.4g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(math.prod(spec.shape) for spec in specs)
+    return "\n".join([*lines, f"{len(specs)} tensors, {total:,} parameters"])
+
+
+def _role(name: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:
+    """The role of a parameter from the module that owns it and from which of its dimensions are widths."""
+    if len(base) == 1:
+        return "vector"
+    if not isinstance(module, nn.Linear) or len(base) != 2:
+        raise ValueError(
+            f"{name}: no role is known for a parameter with {len(base)} dimensions of a {type(module).__name__}; "
+            "muP covers linear layers and vectors"
+        )
+    out_is_width, in_is_width = (dim is not None for dim in base)
+    if isinstance(module, Readout):
+        if out_is_width:
+            raise ValueError(f"{name}: a Readout must not map to a width")
+        return "output"
+    if out_is_width:
+        return "hidden" if in_is_width else "input"
+    if in_is_width:
+        raise ValueError(f"{name}: a linear layer from width to something that is not width must be a Readout")
+    return "finite"
+
+
+def _width_mult(shape: tuple[int, ...], base: tuple[int | None, ...]) -> float:
+    """Size over base size of the last dimension that is a width (the fan-in of a hidden matrix); 1 without one."""
+    for size, base_size in reversed(list(zip(shape, base, strict=True))):
+        if base_size is not None:
+            return size / base_size
+    return 1.0

@@ -1,0 +1,56 @@
+"""From a run and prompts to a grid of images."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from megadit import models
+from megadit.data.text_encoder import TextEncoder, pad_text
+from megadit.parametrization.initialisation import set_multipliers
+from megadit.parametrization.table import build_table
+from megadit.recipe import MMDiTModel
+from megadit.sampling.flow import generate
+from megadit.sampling.grid import draw_grid
+from megadit.training import checkpoint, run_folder
+
+
+def sample(
+    run: Path,
+    prompts: Sequence[str],
+    grid: Path,
+    ema: str | None = None,
+    guidance_scale: float = 4.0,
+    num_steps: int = 25,
+    seed: int = 0,
+) -> Path:
+    """Sample one image per prompt with the weights of a run's newest whole checkpoint; write a labelled PNG grid.
+
+    Args:
+        ema: an average's name ("ema_0.999"), "weight" for the raw weights, None for the recipe's first average.
+
+    Raises:
+        ValueError: `run` is not a run, has no usable checkpoint or no such average; the encoder's weights are missing.
+    """
+    if not prompts:
+        raise ValueError("nothing to sample: give at least one prompt")
+    model, config = load_model(run, ema)
+    encoder = json.loads((run / "data.json").read_text())["text_encoder"]
+    text = pad_text(TextEncoder.load(encoder["name"]).encode(list(prompts)))
+    images = generate(model, config, text, guidance_scale, num_steps, seed)
+    draw_grid(images, prompts, grid)
+    return grid
+
+
+def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, MMDiTModel]:
+    """The model of a run with the weights of its newest whole checkpoint, fp32, for inference."""
+    recipe = run_folder.load_recipe(run)
+    path = checkpoint.newest_valid(run / "checkpoints")
+    if path is None:
+        raise ValueError(f"{run} has no usable checkpoint yet")
+    averages = checkpoint.read_header(path).averages
+    model = models.build(recipe.model)
+    set_multipliers(model, build_table(recipe))
+    model.load_state_dict(checkpoint.read_tensors(path, ema or next(iter(averages), "weight")))
+    return model.eval().requires_grad_(False), recipe.model

@@ -1,0 +1,98 @@
+"""The run folder: what was asked for, by which code, and everything that came of it.
+
+    RUN/recipe.yaml        the resolved recipe
+    RUN/parameters.json    the parameter table: name, shape, role, width multiplier, init, lr, weight decay
+    RUN/environment.json   versions and the git revision, one entry for every start
+    RUN/data.json          the manifest of the training data
+    RUN/metrics.jsonl      one line per logged step and validation
+    RUN/checkpoints/       see checkpoint.py
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megadit import recipe as recipes
+from megadit.parametrization.table import ParamSpec, to_rows
+from megadit.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: dict[str, Any]) -> None:
+    """Create the folder, or check that it holds the same run: ValueError names the keys that differ and matter."""
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / "recipe.yaml").exists():
+        _check_same_recipe(run, recipe)
+        _check_same_data(run, manifest)
+    _write(run / "recipe.yaml", recipes.dump(recipe))
+    _write(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
+    _write(run / "data.json", json.dumps(manifest, indent=1))
+    path = run / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    _write(path, json.dumps([*starts, _environment()], indent=1))
+
+
+def load_recipe(run: Path) -> Recipe:
+    """The recipe of an existing run."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
+    return recipes.parse(yaml.safe_load(path.read_text()), str(path))
+
+
+def _check_same_recipe(run: Path, recipe: Recipe) -> None:
+    changed = recipes.differences(load_recipe(run), recipe)
+    matter = {key: values for key, values in changed.items() if not recipes.is_free(key)}
+    if matter:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in matter.items())
+        raise ValueError(f"{run} holds a run of another recipe ({shown}); continue it as it was, or give another --run")
+    for key, (old, new) in changed.items():
+        logger.info("resuming with %s = %r instead of %r", key, new, old)
+
+
+def _check_same_data(run: Path, manifest: dict[str, Any]) -> None:
+    old = json.loads((run / "data.json").read_text())["fingerprint"]
+    if old != manifest["fingerprint"]:
+        raise ValueError(
+            f"{run} was trained on other data: fingerprint {old[:12]} there, {manifest['fingerprint'][:12]} now"
+        )
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("megadit", "torch", "deepspeed", "numpy", "diffusers", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "hostname": platform.node(),
+        **versions,
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this code runs from; None for an installed wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    os.replace(partial, path)

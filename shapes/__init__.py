@@ -1,0 +1,1 @@
+"""Base shapes for muP (.bsh, the format of the mup package)."""

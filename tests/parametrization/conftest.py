@@ -1,0 +1,39 @@
+"""Recipes of the parametrization tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megadit import recipe
+from megadit.recipe import Recipe
+
+
+@pytest.fixture
+def make_recipe() -> Callable[..., Recipe]:
+    """A small muP recipe with `key.sub=value` changes."""
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        tree: dict[str, Any] = {
+            "name": "small",
+            "model": {
+                "input_size": 8,
+                "in_channels": 3,
+                "patch_size": 2,
+                "width": 64,
+                "depth": 2,
+                "head_dim": 8,
+                "text_dim": 12,
+                "pooled_dim": 10,
+            },
+            "parametrization": {"kind": "mup", "base_width": 16},
+            "data": {"url": "file:///nowhere"},
+            "optimizer": {"lr": 2.0**-6, "weight_decay": 0.1},
+            "training": {"num_images": 16, "batch_size": 8},
+            "checkpoints": {"every_images": 16},
+        }
+        for section, changes in sections.items():
+            tree[section] = tree[section] | changes
+        return recipe.parse(tree)
+
+    return make
