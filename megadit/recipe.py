@@ -281,7 +281,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return _merge(_read_tree(resolve(path.parent / parent), (*seen, path)), tree)
+    is_file = Path(str(parent)).suffix in (".yaml", ".yml")
+    return _merge(_read_tree(resolve(path.parent / parent if is_file else str(parent)), (*seen, path)), tree)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

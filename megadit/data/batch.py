@@ -1,6 +1,6 @@
 """What the trainer gets: samples put together into batches, with every random draw they need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -55,6 +55,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return self._map(lambda column: column.to(device, non_blocking=True))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of `size` samples, in order."""
+        return [self._map(lambda column, at=at: column[at : at + size]) for at in range(0, len(self), size)]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(Batch)})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value
-from megadit.parametrization.table import ParamSpec
+from megadit.parametrization.spec import ParamSpec
 from megadit.recipe import Optimizer, Recipe
 
 # Runs the model on one micro-batch and returns its losses per sample, fp32 [B].

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard as ShardPlacement
 
 from megadit import models
@@ -81,7 +81,10 @@ class TorchEngine:
         return {n: (states[leaf]["exp_avg"], states[leaf]["exp_avg_sq"]) for n, leaf in self._leaves.items()}
 
     def weights_written(self) -> None:
-        """Nothing to do: the model's weights are what `shards` views."""
+        """Free what is gathered: a forward pass without a backward leaves the root's weights gathered, and stale now."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def set_num_steps(self, num_steps: int) -> None:
         for leaf in self._leaves.values():

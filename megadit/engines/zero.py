@@ -41,9 +41,6 @@ class ZeroEngine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.shards: Mapping[str, Shard] = {name: _shard_of(p) for name, p in self._parameters.items()}
         load_initial_weights(self, specs, recipe.seed)
-        for first, second in self.moments().values():  # DeepSpeed made them in a step of its own
-            first.zero_()
-            second.zero_()
         self.set_num_steps(0)
 
     def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:
@@ -83,8 +80,12 @@ class ZeroEngine:
             parameter.ds_tensor.data[: values.numel()].copy_(values)
 
     def set_num_steps(self, num_steps: int) -> None:
-        for state in self._optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(num_steps))  # DeepSpeed lets groups share one tensor, which counts them all
+        for weights in self._optimizer.fp32_partitioned_groups_flat:
+            state = self._optimizer.optimizer.state[weights]
+            if not state:  # torch makes the moments at the first step; a checkpoint may need them before
+                state["exp_avg"] = torch.zeros_like(weights)
+                state["exp_avg_sq"] = torch.zeros_like(weights)
+            state["step"] = torch.tensor(float(num_steps), device=self.device)
 
 
 def _connect(device: torch.device) -> None:
@@ -121,7 +122,7 @@ def _config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def _shard_of(parameter: nn.Parameter) -> Shard:
     """This rank's flat range of a parameter, which ZeRO-3 cuts into equal partitions, the last ones padded."""
-    partition = safe_get_local_fp32_param(parameter)
+    partition = safe_get_local_fp32_param(parameter).detach()
     num_elements = math.prod(parameter.ds_shape)  # type: ignore[attr-defined]
     offset = min(partition.numel() * dist.get_rank(), num_elements)
     return Shard(parameter.ds_shape, offset, partition[: num_elements - offset])  # type: ignore[attr-defined]

@@ -88,16 +88,17 @@ class JointBlock(nn.Module):
 
     def forward(
         self, image_BTD: Tensor, text_BLD: Tensor, condition_BD: Tensor, key_mask_BS: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both streams after the block; None for a text stream that ends here."""
         num_image_tokens = image_BTD.shape[1]
         image_qkv, *image_rest = self.image.prepare(image_BTD, condition_BD)
         text_qkv, *text_rest = self.text.prepare(text_BLD, condition_BD)
         q, k, v = self.qk_norm(image_qkv, text_qkv)
         attended = attention(q, k, v, key_mask_BS).flatten(2)
         image_BTD = self.image.finish(image_BTD, attended[:, :num_image_tokens], image_rest)
-        if not self.text.ends_here:
-            text_BLD = self.text.finish(text_BLD, attended[:, num_image_tokens:], text_rest)
-        return image_BTD, text_BLD
+        if self.text.ends_here:
+            return image_BTD, None
+        return image_BTD, self.text.finish(text_BLD, attended[:, num_image_tokens:], text_rest)
 
 
 class JointQKNorm(nn.Module):

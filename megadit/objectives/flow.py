@@ -6,7 +6,7 @@ Time runs as in diffusers' flow-matching schedulers: t = 0 is the image, t = 1 i
 import torch
 from torch import Tensor, nn
 
-from megadit.data.stream import Batch
+from megadit.data.batch import Batch
 from megadit.recipe import FlowObjective
 
 

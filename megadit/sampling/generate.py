@@ -1,13 +1,13 @@
 """From a run and prompts to a grid of images."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from megadit import models
-from megadit.data.text_encoder import TextEncoder, pad_text
+from megadit.data.batch import pad_text
+from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import MMDiTModel
@@ -36,8 +36,8 @@ def sample(
     if not prompts:
         raise ValueError("nothing to sample: give at least one prompt")
     model, config = load_model(run, ema)
-    encoder = json.loads((run / "data.json").read_text())["text_encoder"]
-    text = pad_text(TextEncoder.load(encoder["name"]).encode(list(prompts)))
+    tokens, lengths, pooled = pad_text(load_encoder(run).encode(list(prompts)))
+    text = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
     images = generate(model, config, text, guidance_scale, num_steps, seed)
     draw_grid(images, prompts, grid)
     return grid
@@ -54,3 +54,12 @@ def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, MMDiTModel
     set_multipliers(model, build_table(recipe))
     model.load_state_dict(checkpoint.read_tensors(path, ema or next(iter(averages), "weight")))
     return model.eval().requires_grad_(False), recipe.model
+
+
+def load_encoder(run: Path) -> TextEncoder:
+    """The text encoder whose features the run was trained on; ValueError if what is installed here is another."""
+    facts = run_folder.load_manifest(run).text
+    encoder = TextEncoder.load(facts.encoder, facts.max_tokens)
+    if encoder.weights_sha256 != facts.weights_sha256:
+        raise ValueError(f"the text encoder {facts.encoder} here has other weights than the one that the data was packed with")
+    return encoder

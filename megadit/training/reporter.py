@@ -12,7 +12,7 @@ from torch import Tensor
 from megadit import models
 from megadit.engines.base import sum_over_ranks
 from megadit.kernels import attention
-from megadit.parametrization.table import ParamSpec
+from megadit.parametrization.spec import ParamSpec
 from megadit.recipe import Recipe
 from megadit.training.metrics import Metrics
 from megadit.training.ranks import rank

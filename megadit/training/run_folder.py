@@ -23,13 +23,15 @@ import torch
 import yaml
 
 from megadit import recipe as recipes
-from megadit.parametrization.table import ParamSpec, to_rows
+from megadit.data.manifest import Manifest
+from megadit.parametrization.spec import ParamSpec
+from megadit.parametrization.table import to_rows
 from megadit.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: dict[str, Any]) -> None:
+def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Manifest) -> None:
     """Create the folder, or check that it holds the same run: ValueError names the keys that differ and matter."""
     run.mkdir(parents=True, exist_ok=True)
     if (run / "recipe.yaml").exists():
@@ -37,7 +39,7 @@ def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: dic
         _check_same_data(run, manifest)
     _write(run / "recipe.yaml", recipes.dump(recipe))
     _write(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
-    _write(run / "data.json", json.dumps(manifest, indent=1))
+    _write(run / "data.json", manifest.dump().decode())
     path = run / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     _write(path, json.dumps([*starts, _environment()], indent=1))
@@ -51,6 +53,11 @@ def load_recipe(run: Path) -> Recipe:
     return recipes.parse(yaml.safe_load(path.read_text()), str(path))
 
 
+def load_manifest(run: Path) -> Manifest:
+    """The manifest of the data that an existing run was trained on."""
+    return Manifest.model_validate_json((run / "data.json").read_text())
+
+
 def _check_same_recipe(run: Path, recipe: Recipe) -> None:
     changed = recipes.differences(load_recipe(run), recipe)
     matter = {key: values for key, values in changed.items() if not recipes.is_free(key)}
@@ -61,12 +68,10 @@ def _check_same_recipe(run: Path, recipe: Recipe) -> None:
         logger.info("resuming with %s = %r instead of %r", key, new, old)
 
 
-def _check_same_data(run: Path, manifest: dict[str, Any]) -> None:
-    old = json.loads((run / "data.json").read_text())["fingerprint"]
-    if old != manifest["fingerprint"]:
-        raise ValueError(
-            f"{run} was trained on other data: fingerprint {old[:12]} there, {manifest['fingerprint'][:12]} now"
-        )
+def _check_same_data(run: Path, manifest: Manifest) -> None:
+    old, new = load_manifest(run).fingerprint, manifest.fingerprint
+    if old != new:
+        raise ValueError(f"{run} was trained on other data: fingerprint {old[:12]} there, {new[:12]} now")
 
 
 def _environment() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megadit.data.manifest import Manifest
-from megadit.data.stream import Batch, Stream
+from megadit.data.batch import Batch
+from megadit.data.stream import Stream
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
 from megadit.objectives import flow
@@ -37,7 +38,7 @@ def train(recipe: Recipe, run: Path) -> int:
             raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use fsdp or zero3")
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
-        on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest.to_dict()))
+        on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
         return Trainer(recipe, run, base.build(recipe), stop).train()

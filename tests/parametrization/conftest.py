@@ -4,9 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from megadit import recipe
 from megadit.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models this small only lose by threads, and on a busy machine they lose a factor of ten."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
