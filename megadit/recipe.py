@@ -1,7 +1,8 @@
 """The recipe: one YAML file, one frozen tree, everything that a run is a function of.
 
-`load("quickstart", ["optimizer.lr=2^-8"])` reads a shipped recipe by name or any file by path, merges what it `extends`,
-applies `key.sub=value` overrides and validates. An error names the key, quotes the value and says what is allowed.
+`load("quickstart", ["optimizer.lr=2^-8"])` reads a shipped recipe by name or any file by path, merges what it
+`extends`, applies `key.sub=value` overrides and validates. An error names the key, quotes the value and says what is
+allowed.
 """
 
 import difflib
@@ -207,7 +208,15 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
 
 
 # Keys that may change between a run and its continuation: they have no effect on the trajectory.
-FREE_KEYS = ("engine", "checkpoints", "data.url", "data.validation_url", "data.num_workers", "training.micro_batch_size", "training.log_every_steps")  # fmt: skip
+FREE_KEYS = (
+    "engine",
+    "checkpoints",
+    "data.url",
+    "data.validation_url",
+    "data.num_workers",
+    "training.micro_batch_size",
+    "training.log_every_steps",
+)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -271,7 +280,9 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
-        raise RecipeError(f"{path}: recipes extend each other in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+        raise RecipeError(
+            f"{path}: recipes extend each other in a circle: {' -> '.join(p.name for p in (*seen, path))}"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -62,7 +62,8 @@ class Batch:
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of `size` samples, in order."""
-        return [self._map(lambda column, at=at: column[at : at + size]) for at in range(0, len(self), size)]
+        columns = {field.name: getattr(self, field.name).split(size) for field in fields(Batch)}
+        return [Batch(**dict(zip(columns, parts, strict=True))) for parts in zip(*columns.values(), strict=True)]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(Batch)})

@@ -1,8 +1,9 @@
 """What an engine is: a model spread over ranks, trained and stored by parameter name.
 
-An engine knows nothing of the model beyond "these are the blocks" (`model.blocks`). Everything that outlives a process
-(weights, moments, averages) it shows as `Shard`s: contiguous ranges of flattened fp32 tensors. FSDP2's dim-0 shards, ZeRO-3's
-partitions and whole tensors are all of that form, so averages and checkpoints are written once for every engine.
+An engine knows nothing of the model beyond "these are the blocks" (`model.blocks`). Everything that outlives a
+process (weights, moments, averages) it shows as `Shard`s: contiguous ranges of flattened fp32 tensors. FSDP2's dim-0
+shards, ZeRO-3's partitions and whole tensors are all of that form, so averages and checkpoints are written once for
+every engine.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -81,7 +81,7 @@ class TorchEngine:
         return {n: (states[leaf]["exp_avg"], states[leaf]["exp_avg_sq"]) for n, leaf in self._leaves.items()}
 
     def weights_written(self) -> None:
-        """Free what is gathered: a forward pass without a backward leaves the root's weights gathered, and stale now."""
+        """Free what is gathered: evaluation leaves the root's weights gathered, and they are stale now."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

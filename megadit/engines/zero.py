@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO-3 with torch's AdamW, our own schedule and our own checkpoints.
 
-DeepSpeed's schedulers rewrite the learning rate of every group, and its ZeRO-3 resharding gives group 0's hyperparameters to all
-groups (both measured with 0.19.8), so neither is used: groups come from the parameter table, the rate of each is set before
-every step, and state is read and written through DeepSpeed's local-partition interface (`safe_get_local_*`).
+DeepSpeed's schedulers rewrite the learning rate of every group, and its ZeRO-3 resharding gives group 0's
+hyperparameters to all groups (both measured with 0.19.8), so neither is used: groups come from the parameter table,
+the rate of each is set before every step, and state is read and written through DeepSpeed's local-partition interface
+(`safe_get_local_*`).
 """
 
 import math
@@ -77,7 +78,7 @@ class ZeroEngine:
         self._engine.empty_partition_cache()
         for name, parameter in self._parameters.items():
             values = self.shards[name].values
-            parameter.ds_tensor.data[: values.numel()].copy_(values)
+            parameter.ds_tensor.data[: values.numel()].copy_(values)  # type: ignore[attr-defined]
 
     def set_num_steps(self, num_steps: int) -> None:
         for weights in self._optimizer.fp32_partitioned_groups_flat:

@@ -24,10 +24,13 @@ def generate(
 
     Args:
         text: the model's text arguments for B captions: `text`, `text_lengths`, `pooled`.
-        guidance_scale: 1 is the conditional model alone, 0 the unconditional one (arXiv 2207.12598, with w = scale - 1).
+        guidance_scale: 1 is the conditional model alone, 0 the unconditional one (arXiv 2207.12598,
+            whose w is scale - 1).
     """
     shape = (config.in_channels, config.input_size, config.input_size)
-    noise = [generator(seed, Purpose.SAMPLING_NOISE, i).standard_normal(shape, np.float32) for i in range(len(text["text"]))]
+    noise = [
+        generator(seed, Purpose.SAMPLING_NOISE, i).standard_normal(shape, np.float32) for i in range(len(text["text"]))
+    ]
     x_BCHW = torch.from_numpy(np.stack(noise))
     null = {key: torch.zeros_like(value) for key, value in text.items()}
     null["text_lengths"] = torch.ones_like(text["text_lengths"])  # a dropped caption is one zero token

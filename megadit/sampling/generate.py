@@ -61,5 +61,7 @@ def load_encoder(run: Path) -> TextEncoder:
     facts = run_folder.load_manifest(run).text
     encoder = TextEncoder.load(facts.encoder, facts.max_tokens)
     if encoder.weights_sha256 != facts.weights_sha256:
-        raise ValueError(f"the text encoder {facts.encoder} here has other weights than the one that the data was packed with")
+        raise ValueError(
+            f"the text encoder {facts.encoder} here has other weights than the one that the data was packed with"
+        )
     return encoder

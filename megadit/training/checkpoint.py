@@ -4,9 +4,9 @@
         checkpoint.json    images seen, parameter shapes, size and CRC-32 of every other file: written last
         .metadata, *.distcp    torch.distributed.checkpoint: flat fp32 ranges under KIND/PARAMETER
 
-KIND is `weight`, `exp_avg`, `exp_avg_sq` or the name of an average. A checkpoint is written under a temporary name, synced and
-renamed, so a folder with the final name is complete; what happens to it afterwards is found by the CRCs on loading, and the
-one before is used. The newest is found by name: nothing points to it.
+KIND is `weight`, `exp_avg`, `exp_avg_sq` or the name of an average. A checkpoint is written under a temporary name,
+synced and renamed, so a folder with the final name is complete; what happens to it afterwards is found by the CRCs on
+loading, and the one before is used. The newest is found by name: nothing points to it.
 """
 
 import json
@@ -79,7 +79,9 @@ def save(folder: Path, engine: Engine, averages: Averages, images_seen: int, num
     except (OSError, CheckpointException) as error:
         reason = _first_cause(error)
         last_good = on_first_rank(lambda: _after_failure(folder, partial))
-        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; newest whole checkpoint: {last_good}") from None
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {reason}; newest whole checkpoint: {last_good}"
+        ) from None
     on_first_rank(lambda: _prune(folder, keep))
     return final
 

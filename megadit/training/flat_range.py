@@ -1,8 +1,9 @@
 """The engine-neutral form of a checkpoint: every tensor is stored flat, each rank writing the ranges that it owns.
 
-torch.distributed.checkpoint (DCP) resharding needs to know which part of a tensor a rank holds. It asks objects with the three
-methods below (its `_Checkpointable` protocol). FSDP2's dim-0 shards, ZeRO-3's partitions and whole tensors are all
-contiguous ranges of the flattened tensor, so one class serves every engine and DCP reads any of them as any other.
+torch.distributed.checkpoint (DCP) resharding needs to know which part of a tensor a rank holds. It asks objects with
+the three methods below (its `_Checkpointable` protocol). FSDP2's dim-0 shards, ZeRO-3's partitions and whole tensors
+are all contiguous ranges of the flattened tensor, so one class serves every engine and DCP reads any of them as any
+other.
 """
 
 import torch

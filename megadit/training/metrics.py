@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard, a progress bar on a terminal and plain lines elsewhere. Rank 0 only."""
+"""What rank 0 tells: JSON lines always, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
 import json
 import logging

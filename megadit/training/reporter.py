@@ -9,7 +9,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megadit import models
 from megadit.engines.base import sum_over_ranks
 from megadit.kernels import attention
 from megadit.parametrization.spec import ParamSpec

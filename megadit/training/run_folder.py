@@ -1,11 +1,11 @@
 """The run folder: what was asked for, by which code, and everything that came of it.
 
-    RUN/recipe.yaml        the resolved recipe
-    RUN/parameters.json    the parameter table: name, shape, role, width multiplier, init, lr, weight decay
-    RUN/environment.json   versions and the git revision, one entry for every start
-    RUN/data.json          the manifest of the training data
-    RUN/metrics.jsonl      one line per logged step and validation
-    RUN/checkpoints/       see checkpoint.py
+RUN/recipe.yaml        the resolved recipe
+RUN/parameters.json    the parameter table: name, shape, role, width multiplier, init, lr, weight decay
+RUN/environment.json   versions and the git revision, one entry for every start
+RUN/data.json          the manifest of the training data
+RUN/metrics.jsonl      one line per logged step and validation
+RUN/checkpoints/       see checkpoint.py
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def _environment() -> dict[str, Any]:
     packages = ("megadit", "torch", "deepspeed", "numpy", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megadit.data.manifest import Manifest
 from megadit.data.batch import Batch
+from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure

@@ -1,11 +1,13 @@
 """The validation loss: a fixed set of (sample, timestep, noise) triples, so that two numbers can be compared.
 
-Every held-out sample is scored at every timestep (k + 1/2) / T, each with its own fixed noise; captions are never dropped.
-Evenly spaced timesteps make the number far less noisy than drawn ones (Stable Diffusion 3 found such a loss to go with sample
-quality, arXiv 2403.03206, section 5.3). Sums are in float64 over all ranks: the result does not depend on how many there are.
+Every held-out sample is scored at every timestep (k + 1/2) / T, each with its own fixed noise; captions are never
+dropped. Evenly spaced timesteps make the number far less noisy than drawn ones (Stable Diffusion 3 found such a loss
+to go with sample quality, arXiv 2403.03206, section 5.3). Sums are in float64 over all ranks: the result does not
+depend on how many there are.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,8 +36,8 @@ def validate(engine: Engine, recipe: Recipe) -> ValidationLoss:
         recipe.data.validation_url, recipe.seed, rank(), world_size(), settings.batch_size, strata
     ):
         t_B = batch.timestep_uniform
-        moved = batch.to(engine.device)
-        loss_B = engine.evaluate(lambda model, b=moved: flow.losses(model, b, b.timestep_uniform, 0.0)).double().cpu()
+        closure = partial(flow.losses, batch=batch.to(engine.device), t_B=t_B.to(engine.device), caption_dropout=0.0)
+        loss_B = engine.evaluate(closure).double().cpu()
         stratum_B = (t_B * strata).long()
         sums[:, 0].index_add_(0, stratum_B, loss_B * weight_B)
         sums[:, 1].index_add_(0, stratum_B, weight_B.double())
