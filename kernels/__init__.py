@@ -1,1 +1,1 @@
-"""Kernels that torch.compile cannot write as well; none yet."""
+"""Kernels: attention, and what plain PyTorch does in more passes over memory than it needs."""

@@ -209,18 +209,22 @@ def recipe_list() -> None:
 
 @shapes_app.command("make")
 def shapes_make(
-    recipe: RecipeName, path: Annotated[Path, typer.Argument(metavar="OUT.bsh", help="File to write.")]
+    recipe: RecipeName,
+    path: Annotated[Path, typer.Argument(metavar="OUT.bsh", help="File to write.")],
+    overrides: Overrides = None,
 ) -> None:
     """Write the base shapes of RECIPE's model as a .bsh file (the format of the mup package).
 
+    The base model has the width parametrization.base_width.
+
     \b
     Example:
-      megadit shapes make quickstart quickstart.bsh
+      megadit shapes make quickstart out.bsh parametrization.base_shapes=null parametrization.base_width=128
     """
     from megadit.parametrization.base_shapes import make
     from megadit.recipe import load
 
-    make(load(recipe), path)
+    make(load(recipe, overrides or []), path)
 
 
 @app.command()

@@ -1,12 +1,31 @@
-"""The S3 server that the tests share."""
+"""What the tests share: an S3 server, a small packed data set, a tiny recipe on it, and ranks to run it."""
 
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+import os
+import runpy
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megadit.data.local_s3 import LocalS3
+from megadit.data.pack import pack
+from megadit.data.sources import open_source
+from megadit.data.text_encoder import TextEncoder
+from megadit.recipe import Recipe, load
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process started from here: ranks that share cores slow each other down
+torch.set_num_threads(1)
+
+SELECTION = ("group=animals-nature", "skin_tone=false")
+PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3}
+WORKERS = Path(__file__).parent / "workers"
+RANK_SECONDS = 120
 _numbers = itertools.count()
 
 
@@ -25,3 +44,91 @@ def s3_bucket(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{next(_numbers)}"
     s3.create_bucket(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def encoder() -> TextEncoder:
+    return TextEncoder.load("minilm")
+
+
+@pytest.fixture(scope="session")
+def pack_animals(encoder: TextEncoder) -> Callable:
+    """Pack the shipped animals to an address."""
+    return lambda destination, **changes: pack(
+        open_source("emoji"), destination, encoder=encoder, **(PACK_SETTINGS | changes)
+    )
+
+
+@pytest.fixture(scope="session")
+def packed(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed data set of a few shards; tests that change it make a copy."""
+    folder = tmp_path_factory.mktemp("packed")
+    pack_animals(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file on the packed data: 20 steps of a model that takes milliseconds."""
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(f"""\
+name: tiny
+model: {{input_size: 16, patch_size: 4, width: 64, depth: 2, head_dim: 16, text_dim: 384, pooled_dim: 384}}
+parametrization: {{kind: mup, base_width: 32}}
+objective: {{caption_dropout: 0.25}}
+data: {{url: "file://{packed}/train", validation_url: "file://{packed}/validation", num_streams: 4}}
+optimizer: {{lr: 2^-7, warmup_steps: 4, schedule: cosine, weight_decay: 0.01}}
+training: {{num_images: 320, batch_size: 16, ema_rates: [0.9], log_every_steps: 1}}
+checkpoints: {{every_images: 80, keep: 4}}
+validation: {{every_images: 320, num_timesteps: 2}}
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
+    """The tiny recipe with overrides."""
+    return lambda *overrides: load(tiny_yaml, overrides)
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Call `main(**arguments)` of tests/workers/SCRIPT on each of `num_ranks` new processes: their results, by rank.
+
+    Raises an ExceptionGroup of what was raised on the ranks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "megadit.training.trainer"])
+
+    def run(script: str, num_ranks: int, **arguments: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        task = {"script": WORKERS / script, "arguments": arguments, "folder": folder}
+        ranks = [
+            context.Process(
+                target=runpy.run_path,
+                args=(str(WORKERS / "rank.py"), task | {"rank": rank, "world_size": num_ranks, "port": port}),
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + RANK_SECONDS
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+        return _results(folder, num_ranks)
+
+    return run
+
+
+def _results(folder: Path, num_ranks: int) -> list[Any]:
+    for rank in range(num_ranks):
+        print((folder / f"{rank}.log").read_text())  # pytest shows it when the test fails
+    missing = [rank for rank in range(num_ranks) if not (folder / f"{rank}.pt").exists()]
+    assert not missing, f"ranks {missing} ended without a result"
+    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+    if errors := [result for result in results if isinstance(result, Exception)]:
+        raise ExceptionGroup("ranks failed", errors)
+    return results

@@ -6,6 +6,7 @@ shards, ZeRO-3's partitions and whole tensors are all of that form, so averages 
 every engine.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Engine(Protocol):
 def build(recipe: Recipe) -> Engine:
     """The engine that the recipe names, with initial weights. Needs a process group where there are several ranks."""
     if recipe.engine.kind == "zero3":
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches at import, and warns
         from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import
 
         return ZeroEngine(recipe)

@@ -7,6 +7,7 @@ the rate of each is set before every step, and state is read and written through
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from megadit.engines.base import LossClosure, Shard, adamw, load_initial_weights
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
+
+# Several lines a step otherwise: DeepSpeed 0.19 calls collectives by names that torch 2.13 is about to rename.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 class ZeroEngine:

@@ -1,41 +1,11 @@
-"""Fixtures of the data tests: the real encoder, a small packed data set, a proxy that breaks connections."""
+"""Fixtures of the data tests: a proxy that breaks connections."""
 
 import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-
-from megadit.data.pack import pack
-from megadit.data.sources import open_source
-from megadit.data.text_encoder import TextEncoder
-
-SELECTION = ("group=animals-nature", "skin_tone=false")
-PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3}
-
-
-@pytest.fixture(scope="session")
-def encoder() -> TextEncoder:
-    return TextEncoder.load("minilm")
-
-
-@pytest.fixture(scope="session")
-def pack_animals(encoder: TextEncoder) -> Callable:
-    """Pack the shipped animals to an address."""
-    return lambda destination, **changes: pack(
-        open_source("emoji"), destination, encoder=encoder, **(PACK_SETTINGS | changes)
-    )
-
-
-@pytest.fixture(scope="session")
-def packed(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed data set of a few shards; tests that change it make a copy."""
-    folder = tmp_path_factory.mktemp("packed")
-    pack_animals(str(folder))
-    return folder
-
 
 class BreakingProxy:
     """Forwards TCP connections to `port`; closes the n-th after `cuts[n]` bytes of its answers, if there is such."""

@@ -1,0 +1,60 @@
+"""Runs of the tiny recipe, and what they leave behind."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megadit.recipe import Recipe
+from megadit.training import checkpoint, trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run."""
+
+    folder: Path
+    status: int = 0
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    def curve(self) -> dict[str, list[float]]:
+        """step, loss and grad_norm of every step, in the order of the file."""
+        return {key: [line[key] for line in self.lines("train")] for key in ("step", "loss", "grad_norm")}
+
+    def validation(self) -> dict[str, float]:
+        """The last validation loss of each set of weights."""
+        return {line["weights"]: line["loss"] for line in self.lines("validation")}
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").iterdir())
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        return checkpoint.read_tensors(self.checkpoints()[-1], kind)
+
+
+@pytest.fixture(scope="session")
+def train(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Train a recipe on as many ranks as it asks for, in a new folder or in `run`."""
+
+    def start(recipe: Recipe, run: Path | None = None) -> Run:
+        run = run or tmp_path_factory.mktemp("runs") / "run"
+        if recipe.engine.kind == "single":
+            return Run(run, trainer.train(recipe, run))
+        statuses = run_ranks("train.py", recipe.engine.num_ranks, recipe=recipe, run=run)
+        assert len(set(statuses)) == 1, statuses
+        return Run(run, statuses[0])
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def reference(train: Callable[..., Run], tiny_recipe: Callable[..., Recipe]) -> Run:
+    """The uninterrupted run of a single process. It is shared: tests that go on from it make a copy."""
+    return train(tiny_recipe())

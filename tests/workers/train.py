@@ -1,0 +1,10 @@
+"""One rank of a training run."""
+
+from pathlib import Path
+
+from megadit.recipe import Recipe
+from megadit.training import trainer
+
+
+def main(recipe: Recipe, run: Path) -> int:
+    return trainer.train(recipe, run)
