@@ -37,6 +37,7 @@ setup(
         "matplotlib>=3.9",
         "numpy>=2.0",
         "pillow>=11",
+        "psutil>=5.9",
         "pydantic>=2.9",
         "PyYAML>=6.0",
         "rich>=13",

@@ -98,7 +98,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
     Raises an ExceptionGroup of what was raised on the ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "megadit.training.trainer"])
+    context.set_forkserver_preload(["megadit.training.trainer", "megadit.engines.fsdp", "megadit.engines.zero"])
 
     def run(script: str, num_ranks: int, **arguments: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")

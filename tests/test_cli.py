@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+
+from megadit.recipe import load
 
 COMMANDS = [
     "",
@@ -99,9 +102,11 @@ def test_recipe_show_prints_the_tree_and_the_table(tmp_path: Path):
 
 
 def test_shapes_make(tmp_path: Path):
-    result = megadit("shapes", "make", "quickstart", "out.bsh", cwd=tmp_path)
+    width = ("parametrization.base_shapes=null", "parametrization.base_width=128")
+    result = megadit("shapes", "make", "quickstart", "out.bsh", *width, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out.bsh").stat().st_size > 0
+    shipped = files("megadit.shapes") / load("quickstart").parametrization.base_shapes
+    assert (tmp_path / "out.bsh").read_text() == shipped.read_text()
 
 
 def test_pack_then_pack_again(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Checkpoints: one format for every engine and world size, whole or not there.
 
     RUN/checkpoints/images-0000012800/
-        checkpoint.json    images seen, parameter shapes, size and CRC-32 of every other file: written last
+        checkpoint.json    images seen, parameter shapes, size and CRC-32 of every file, its own included: written last
         .metadata, *.distcp    torch.distributed.checkpoint: flat fp32 ranges under KIND/PARAMETER
 
 KIND is `weight`, `exp_avg`, `exp_avg_sq` or the name of an average. A checkpoint is written under a temporary name,
@@ -87,7 +87,10 @@ def save(folder: Path, engine: Engine, averages: Averages, images_seen: int, num
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole; every newer one that is not is named in the log."""
+    """The newest checkpoint whose files are whole; every newer one that is not is named in the log.
+
+    None where there are no checkpoints. Raises CheckpointError when there are some and none is whole.
+    """
     return on_first_rank(lambda: _newest_valid(folder))
 
 
@@ -115,7 +118,11 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> Header:
-    tree = json.loads((path / "checkpoint.json").read_text())
+    """What checkpoint.json says. Raises OSError and ValueError when it cannot be read or has changed."""
+    sealed = json.loads((path / "checkpoint.json").read_text())
+    if not isinstance(sealed, dict) or sealed.get("crc32") != _crc32_of_tree(sealed.get("header")):
+        raise ValueError(f"{path / 'checkpoint.json'} has changed: its CRC-32 differs")
+    tree = sealed["header"]
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {tree.get('format')}, this version reads {FORMAT}")
     return Header(**tree)
@@ -125,7 +132,9 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         header = read_header(path)
-    except (OSError, json.JSONDecodeError) as error:
+    except CheckpointError:  # whole, but not for this version
+        raise
+    except (OSError, ValueError) as error:
         return f"checkpoint.json cannot be read ({error})"
     for name, (num_bytes, crc) in header.files.items():
         file = path / name
@@ -169,7 +178,7 @@ def _own_files(partial: Path) -> dict[str, list[int]]:
 
 def _publish(partial: Path, final: Path, header: Header) -> None:
     with (partial / "checkpoint.json").open("w") as file:
-        json.dump(asdict(header), file)
+        json.dump({"crc32": _crc32_of_tree(asdict(header)), "header": asdict(header)}, file)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(partial)
@@ -188,12 +197,17 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _newest_valid(folder: Path) -> Path | None:
+    damage = None
     for path in _newest_first(folder):
         damage = find_damage(path)
         if damage is None:
             return path
         logger.warning("checkpoint %s is damaged: %s; trying the one before", path, damage)
-    return None
+    if damage is None:
+        return None
+    raise CheckpointError(
+        f"no checkpoint in {folder} is whole (the oldest: {damage}); restore one, or start anew in another --run"
+    )
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -214,6 +228,10 @@ def _first_cause(error: BaseException) -> str:
         number, (cause, _) = next(iter(sorted(error.failures.items())))
         return f"rank {number}: {cause}"
     return str(error)
+
+
+def _crc32_of_tree(tree: Any) -> int:
+    return zlib.crc32(json.dumps(tree).encode())
 
 
 def _crc32(file: Path) -> int:

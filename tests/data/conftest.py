@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+
 class BreakingProxy:
     """Forwards TCP connections to `port`; closes the n-th after `cuts[n]` bytes of its answers, if there is such."""
 

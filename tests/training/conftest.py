@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, trainer
@@ -35,8 +34,14 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").iterdir())
 
-    def tensors(self, kind: str) -> dict[str, Tensor]:
-        return checkpoint.read_tensors(self.checkpoints()[-1], kind)
+    def largest_difference(self, other: "Run", kind: str = "ema_0.9") -> float:
+        """Of the tensors of one kind in the last checkpoints: the norm of the difference over the norm, at most.
+
+        Not by element: Adam divides by the square root of a second moment that is next to nothing for a few.
+        """
+        ours, theirs = (checkpoint.read_tensors(run.checkpoints()[-1], kind) for run in (self, other))
+        assert ours.keys() == theirs.keys()
+        return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 WAYS = {
     "fsdp on 1": ["engine.kind=fsdp"],
@@ -27,7 +26,7 @@ def test_every_engine_gives_the_curve_of_a_single_process(
     assert curve["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert run.validation() == pytest.approx(reference.validation(), rel=1e-5)
     assert run.validation().keys() == {"raw", "ema_0.9"}
-    torch.testing.assert_close(run.tensors("ema_0.9"), reference.tensors("ema_0.9"), rtol=1e-4, atol=1e-6)
+    assert run.largest_difference(reference) < 1e-4
 
 
 def test_the_curve_falls(reference: Any) -> None:
