@@ -256,4 +256,5 @@ def main() -> None:
     """Run the command line; an expected error becomes one line on standard error and exit code 1."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries between ours
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found each setting
     run_reporting(app)

@@ -10,9 +10,12 @@ from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.launcher.processes import run as run_child
 from megadit.recipe import load
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
-SHAPES = ("heart", "circle", "square")
-PROMPTS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
+PROMPTS = (
+    *("red heart", "green heart", "blue heart", "purple heart", "yellow circle"),
+    *("blue circle", "red circle", "orange square", "purple square", "brown square"),
+    *("red apple", "green apple", "lemon", "grapes", "full moon"),
+    *("grinning face", "smiling face with sunglasses", "evergreen tree", "police car", "flag: France"),
+)
 
 
 def quickstart(run: Path) -> int:

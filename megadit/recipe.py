@@ -146,6 +146,7 @@ class Engine(Node):
 
     kind: Literal["single", "fsdp", "zero3"] = "single"
     num_ranks: PositiveInt = 1  # local processes that `megadit train` starts
+    reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
 
 
 class Checkpoints(Node):

@@ -43,7 +43,7 @@ class TorchEngine:
         with torch.device("meta"):
             self.model = models.build(recipe.model)
         if self._sharded:
-            _shard(self.model, self._bf16)
+            _shard(self.model, self._bf16, recipe.engine.reshard_after_forward)
         materialise(self.model, self.device)
         set_multipliers(self.model, specs)
 
@@ -116,7 +116,7 @@ class TorchEngine:
         return norm
 
 
-def _shard(model: nn.Module, bf16: bool) -> None:
+def _shard(model: nn.Module, bf16: bool, reshard_after_forward: bool) -> None:
     """Shard every block, then what is left, over all ranks. Reduction is in fp32; inputs (timesteps!) are not cast."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -125,7 +125,7 @@ def _shard(model: nn.Module, bf16: bool) -> None:
     )
     mesh = dist.init_device_mesh(process_device().type, (dist.get_world_size(),))
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

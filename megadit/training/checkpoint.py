@@ -24,6 +24,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megadit.engines.base import Engine
 from megadit.training.ema import Averages
@@ -50,6 +53,19 @@ class Header:
     files: dict[str, list[int]]  # name -> [bytes, CRC-32]
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Reports a full disk as such: torch's zip writer hides it behind "unexpected pos 704 vs 598"."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from None
+
+
 def save(folder: Path, engine: Engine, averages: Averages, images_seen: int, num_steps: int, keep: int) -> Path:
     """Write the checkpoint of this moment into `folder` and remove all but the newest `keep`.
 
@@ -63,7 +79,7 @@ def save(folder: Path, engine: Engine, averages: Averages, images_seen: int, num
         with quiet_single_process():
             dcp.save(
                 state,
-                storage_writer=dcp.FileSystemWriter(partial, sync_files=True, single_file_per_rank=True),
+                storage_writer=_Writer(partial, sync_files=True, single_file_per_rank=True),
                 no_dist=world_size() == 1,
             )
         files = {n: entry for part in gather(_own_files(partial)) for n, entry in part.items()}
@@ -164,7 +180,8 @@ def _state(engine: Engine, averages: Averages) -> dict[str, Any]:
 
 
 def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in partial.parent.glob(".partial-*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left_over)
     partial.mkdir(parents=True)
 
 

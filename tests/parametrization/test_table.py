@@ -21,7 +21,7 @@ from megadit.parametrization.table import build_table, format_table, table_of, t
 from megadit.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-QUICKSTART_SHAPES = "mmdit_pixel32_p4_d6_hd32_w128.bsh"
+QUICKSTART_SHAPES = "mmdit_pixel16_p4_d4_hd32_w128.bsh"
 
 
 def _two_layers(width: int, last: type[nn.Linear]) -> nn.Module:

@@ -1,0 +1,58 @@
+"""One rank of an engine: initial weights, three steps, then the losses with other weights and with its own again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.data.stream import Stream
+from megadit.engines import base
+from megadit.objectives import flow
+from megadit.recipe import Recipe
+from megadit.training.ema import Averages
+from megadit.training.ranks import process_group, rank, world_size
+
+Part = tuple[int, Tensor]  # offset and values of the range of a flat tensor that this rank owns
+
+
+def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
+    with process_group(needed=recipe.engine.kind != "single"):
+        engine = base.build(recipe)
+        averages = Averages(engine.shards, recipe.training.ema_rates)
+
+        def parts(values: Mapping[str, Tensor]) -> dict[str, Part]:
+            return {name: (engine.shards[name].offset, flat.detach().clone()) for name, flat in values.items()}
+
+        def weights() -> dict[str, Part]:
+            return parts({name: shard.values for name, shard in engine.shards.items()})
+
+        found: dict[str, Any] = {"initial": weights(), "losses": [], "norms": []}
+        stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+        for factor in lr_factors:
+            batch = next(stream)
+            t_B = flow.timesteps(batch.timestep_uniform, recipe.objective)
+            losses, norm = engine.train_step([lambda model, b=batch, t=t_B: flow.losses(model, b, t, 0.25)], factor)
+            averages.update()
+            found["losses"].append(losses)
+            found["norms"].append(norm)
+        found["groups"] = [
+            {key: group[key] for key in ("lr", "weight_decay", "eps", "betas")}
+            for group in engine._optimizer.param_groups
+        ]
+        found["weight"] = weights()
+        found["ema"] = parts(averages.by_name()["ema_0.9"])
+        found["moments"] = [parts({n: pair[number] for n, pair in engine.moments().items()}) for number in (0, 1)]
+
+        batch = next(stream)
+
+        def evaluate() -> Tensor:
+            return engine.evaluate(lambda model: flow.losses(model, batch, batch.timestep_uniform, 0.0))
+
+        found["own"] = evaluate()
+        with base.replaced_weights(engine, averages.by_name()["ema_0.9"]):
+            found["replaced"] = evaluate()
+        found["own again"] = evaluate()
+        found["weight again"] = weights()
+        assert all(torch.isfinite(loss).all() for loss in found["losses"])
+        return found

@@ -1,0 +1,27 @@
+"""One rank writes a checkpoint, then runs out of space while it writes the next."""
+
+import resource
+from pathlib import Path
+
+from megadit.engines import base
+from megadit.recipe import Recipe
+from megadit.training import checkpoint
+from megadit.training.ema import Averages
+from megadit.training.ranks import process_group, rank
+
+
+def main(recipe: Recipe, folder: Path, full_rank: int) -> str:
+    """What the second save says. A limit on the size of files gives a real OSError of the kernel (EFBIG)."""
+    with process_group(needed=recipe.engine.kind != "single"):
+        engine = base.build(recipe)
+        averages = Averages(engine.shards, [0.9])
+        checkpoint.save(folder, engine, averages, images_seen=16, num_steps=1, keep=2)
+        if rank() == full_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            checkpoint.save(folder, engine, averages, images_seen=32, num_steps=2, keep=2)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return "written"
