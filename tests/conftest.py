@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 
 def _results(folder: Path, num_ranks: int) -> list[Any]:
     for rank in range(num_ranks):
-        print((folder / f"{rank}.log").read_text())  # pytest shows it when the test fails
+        sys.stdout.write((folder / f"{rank}.log").read_text())  # pytest shows it when the test fails
     missing = [rank for rank in range(num_ranks) if not (folder / f"{rank}.pt").exists()]
     assert not missing, f"ranks {missing} ended without a result"
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]

@@ -18,7 +18,12 @@ from megadit.recipe import Recipe
 
 LR_FACTORS = [1.0, 0.5, 0.25]
 SETTINGS = ("optimizer.max_grad_norm=0.25", "optimizer.lr=2^-9", "optimizer.weight_decay=0.1", "optimizer.eps=1e-6")
-ENGINES = {"single": 1, "fsdp": 2, "zero3": 2}
+ENGINES = {
+    "single": ["engine.kind=single"],
+    "fsdp": ["engine.kind=fsdp", "engine.num_ranks=2"],
+    "fsdp, kept gathered": ["engine.kind=fsdp", "engine.num_ranks=2", "engine.reshard_after_forward=false"],
+    "zero3": ["engine.kind=zero3", "engine.num_ranks=2"],
+}
 
 
 def plain_model(recipe: Recipe) -> nn.Module:
@@ -76,9 +81,8 @@ def expected(tiny_recipe: Callable[..., Recipe]) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=ENGINES)
 def ranks(request: pytest.FixtureRequest, run_ranks: Callable, tiny_recipe: Callable[..., Recipe]) -> list[Any]:
     """What each rank of an engine found."""
-    size = ENGINES[request.param]
-    recipe = tiny_recipe(*SETTINGS, f"engine.kind={request.param}", f"engine.num_ranks={size}")
-    return run_ranks("engine.py", size, recipe=recipe, lr_factors=LR_FACTORS)
+    recipe = tiny_recipe(*SETTINGS, *ENGINES[request.param])
+    return run_ranks("engine.py", recipe.engine.num_ranks, recipe=recipe, lr_factors=LR_FACTORS)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def train(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.fixture(scope="session")
-def reference(train: Callable[..., Run], tiny_recipe: Callable[..., Recipe]) -> Run:
-    """The uninterrupted run of a single process. It is shared: tests that go on from it make a copy."""
-    return train(tiny_recipe())
+def finished(train: Callable[..., Run], tiny_recipe: Callable[..., Recipe]) -> Callable[..., Run]:
+    """The uninterrupted run with some overrides. It is shared: tests that go on from it make a copy."""
+    return cache(lambda *overrides: train(tiny_recipe(*overrides)))
+
+
+@pytest.fixture(scope="session")
+def reference(finished: Callable[..., Run]) -> Run:
+    """The uninterrupted run of a single process."""
+    return finished()

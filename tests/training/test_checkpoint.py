@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from megadit.engines import base
@@ -202,7 +201,9 @@ def test_only_the_newest_are_kept(folder: Path, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "full_rank"), [((), 0), (("engine.kind=fsdp", "engine.num_ranks=2"), 1)], ids=["single", "rank 1 of 2"]
+    ("overrides", "full_rank"),
+    [((), 0), (("engine.kind=fsdp", "engine.num_ranks=2"), 1)],
+    ids=["single", "rank 1 of 2"],
 )
 def test_no_space_for_a_checkpoint(
     overrides: tuple[str, ...], full_rank: int, run_ranks: Callable, tiny_recipe: Callable[..., Recipe], tmp_path: Path
@@ -221,7 +222,9 @@ def test_no_space_for_a_checkpoint(
 def test_a_checkpoint_of_another_width_is_refused(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:
     wider = base.build(tiny_recipe("model.width=96"))
     before = {name: shard.values.clone() for name, shard in wider.shards.items()}
-    with pytest.raises(CheckpointError, match=r"another model: \d+ parameters differ: .*\[\d*64.* there, \[\d*96.* here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: \d+ parameters differ: .*\[\d*64.* there, \[\d*96.* here"
+    ):
         checkpoint.load(three / NAMES[0], wider, Averages(wider.shards, [0.9]))
     assert all(torch.equal(before[name], shard.values) for name, shard in wider.shards.items())
 

@@ -109,9 +109,7 @@ def test_a_single_process_engine_on_two_ranks_is_refused(
     assert caught.group_contains(ValueError, match="single runs on one rank, not 2; use fsdp or zero3")
 
 
-def test_validation_does_not_depend_on_the_number_of_ranks(
-    train: Callable, tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_validation_does_not_depend_on_the_number_of_ranks(train: Callable, tiny_recipe: Callable[..., Recipe]) -> None:
     """With a batch size that leaves ranks unequal shares and a last batch to fill up."""
     odd = (*SHORT, "validation.batch_size=7")
     one = train(tiny_recipe(*SHORT)).lines("validation")
@@ -142,7 +140,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     shutil.rmtree(path)
     good = checkpoint.save(path.parent, engine, averages, images_seen=32, num_steps=2, keep=2)
     again = tiny_recipe(*SHORT, f"engine.kind={kind}", f"engine.num_ranks={1 if kind == 'single' else 2}")
-    message = r"^step 2 \(32 images seen\): the gradient norm is (nan|inf): the learning rate is too high, or a sample is"
+    message = (
+        r"^step 2 \(32 images seen\): the gradient norm is (nan|inf): the learning rate is too high, or a sample is"
+    )
     if kind == "single":
         with pytest.raises(ValueError, match=message):
             trainer.train(again, run)
