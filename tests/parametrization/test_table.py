@@ -18,7 +18,7 @@ from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value, initialise, readout_multipliers, set_multipliers
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import build_table, format_table, table_of, to_rows
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, load
 
 MakeRecipe = Callable[..., Recipe]
 QUICKSTART_SHAPES = "mmdit_pixel16_p4_d4_hd32_w128.bsh"
@@ -97,9 +97,8 @@ def test_unknown_file_names_the_shipped_ones() -> None:
     assert base_shapes.resolve(QUICKSTART_SHAPES) == base_shapes.resolve(QUICKSTART_SHAPES.removesuffix(".bsh"))
 
 
-def test_shipped_file_is_what_make_writes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    model = {"input_size": 32, "patch_size": 4, "depth": 6, "head_dim": 32, "text_dim": 384, "pooled_dim": 384}
-    recipe = make_recipe(model=model | {"width": 256}, parametrization={"base_width": 128})
+def test_shipped_file_is_what_make_writes(tmp_path: Path) -> None:
+    recipe = load("quickstart", ["parametrization.base_shapes=null", "parametrization.base_width=128"])
     base_shapes.make(recipe, tmp_path / "made.bsh")
     assert (tmp_path / "made.bsh").read_text() == base_shapes.resolve(QUICKSTART_SHAPES).read_text()
 
