@@ -10,8 +10,8 @@ from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.launcher.processes import run as run_child
 from megadit.recipe import load
 
-PROMPTS = (
-    *("red heart", "green heart", "blue heart", "purple heart", "yellow circle"),
+PROMPTS = (  # "yellow heart" and "red circle" are held out from training by the packer
+    *("red heart", "green heart", "blue heart", "yellow heart", "yellow circle"),
     *("blue circle", "red circle", "orange square", "purple square", "brown square"),
     *("red apple", "green apple", "lemon", "grapes", "full moon"),
     *("grinning face", "smiling face with sunglasses", "evergreen tree", "police car", "flag: France"),

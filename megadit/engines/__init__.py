@@ -1,1 +1,21 @@
-"""How a model is spread over processes."""
+"""Engines: one model over ranks, behind the protocol of base.py."""
+
+import os
+
+import torch
+
+from megadit.engines.base import Engine
+from megadit.recipe import Recipe
+
+
+def build(recipe: Recipe) -> Engine:
+    """The engine that the recipe names, with initial weights. Needs a process group unless it is `single`."""
+    if recipe.engine.kind == "zero3":
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches at import, and warns
+        from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import
+
+        return ZeroEngine(recipe)
+    from megadit.engines.fsdp import TorchEngine
+
+    return TorchEngine(recipe)

@@ -6,7 +6,6 @@ shards, ZeRO-3's partitions and whole tensors are all of that form, so averages 
 every engine.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value
 from megadit.parametrization.spec import ParamSpec
-from megadit.recipe import Optimizer, Recipe
+from megadit.recipe import Optimizer
 
 # Runs the model on one micro-batch and returns its losses per sample, fp32 [B].
 LossClosure = Callable[[nn.Module], Tensor]
@@ -64,19 +63,6 @@ class Engine(Protocol):
     def set_num_steps(self, num_steps: int) -> None:
         """Set the optimizer's step count, from which Adam corrects the bias of its moments."""
         ...
-
-
-def build(recipe: Recipe) -> Engine:
-    """The engine that the recipe names, with initial weights. Needs a process group where there are several ranks."""
-    if recipe.engine.kind == "zero3":
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches at import, and warns
-        from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import
-
-        return ZeroEngine(recipe)
-    from megadit.engines.fsdp import TorchEngine
-
-    return TorchEngine(recipe)
 
 
 def process_device() -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megadit.engines.base import sum_over_ranks
 from megadit.kernels import attention
+from megadit.models import num_flops
 from megadit.parametrization.spec import ParamSpec
 from megadit.recipe import Recipe
 from megadit.training.metrics import Metrics
@@ -19,7 +20,7 @@ from megadit.training.validation import ValidationLoss
 
 
 def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ranks: int) -> str:
-    """What is about to run, in four lines."""
+    """What is about to run, in a few lines."""
     num_parameters = Counter[str]()
     for spec in specs:
         num_parameters[spec.role] += torch.Size(spec.shape).numel()
@@ -28,7 +29,9 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
     return "\n".join(
         [
             f"{recipe.name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "
-            f"{sum(num_parameters.values()):,} parameters ({roles})",
+            f"{sum(num_parameters.values()):,} parameters ({roles}); a forward pass takes "
+            f"{num_flops(recipe.model, 0) / 1e9:.3g} GFLOP per image and "
+            f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
             f"engine {recipe.engine.kind}, {num_ranks} rank(s), {recipe.training.precision} matrix products, "
             f"attention: {attention.describe()}",
             f"data {recipe.data.url}: {num_samples:,} samples; {recipe.training.num_images:,} images to train "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megadit import engines
 from megadit.data.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
@@ -38,10 +39,25 @@ def train(recipe: Recipe, run: Path) -> int:
             raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use fsdp or zero3")
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
+        check_data_fits(recipe, manifest)
         on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
-        return Trainer(recipe, run, base.build(recipe), stop).train()
+        return Trainer(recipe, run, engines.build(recipe), stop).train()
+
+
+def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise ValueError unless the model takes the pictures and the text features of the data set."""
+    model, image, text = recipe.model, manifest.image, manifest.text
+    pairs = {
+        "model.input_size": (model.input_size, image.size),
+        "model.in_channels": (model.in_channels, image.channels),
+        "model.text_dim": (model.text_dim, text.dim),
+        "model.pooled_dim": (model.pooled_dim, text.pooled_dim),
+    }
+    wrong = [f"{key} is {ours}, the data has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    if wrong:
+        raise ValueError(f"the model does not fit the data at {recipe.data.url}: {'; '.join(wrong)}")
 
 
 class Trainer:

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from megadit.engines import base
+from megadit import engines
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
@@ -37,7 +37,7 @@ def save(folder: Path, engine: Engine, step: int, keep: int = 5) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
-    return base.build(tiny_recipe())
+    return engines.build(tiny_recipe())
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_any_range_of_any_split_is_read_back(
 
 
 def test_everything_that_was_saved_is_loaded(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:
-    other = base.build(tiny_recipe())
+    other = engines.build(tiny_recipe())
     averages = Averages(other.shards, [0.9])
     header = checkpoint.load(three / NAMES[1], other, averages)
     assert (header.images_seen, header.num_steps) == (32, 2)
@@ -220,7 +220,7 @@ def test_no_space_for_a_checkpoint(
 
 
 def test_a_checkpoint_of_another_width_is_refused(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:
-    wider = base.build(tiny_recipe("model.width=96"))
+    wider = engines.build(tiny_recipe("model.width=96"))
     before = {name: shard.values.clone() for name, shard in wider.shards.items()}
     with pytest.raises(
         CheckpointError, match=r"another model: \d+ parameters differ: .*\[\d*64.* there, \[\d*96.* here"

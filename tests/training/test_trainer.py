@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadit.engines import base
+from megadit import engines
 from megadit.recipe import Recipe, RecipeError
 from megadit.training import checkpoint, trainer
 from megadit.training.ema import Averages
@@ -53,6 +53,21 @@ def test_a_run_is_not_continued_with_another_recipe(
     with pytest.raises(ValueError, match=message):
         trainer.train(tiny_recipe(override), half)
     assert contents(half) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.input_size=32", "model.input_size is 32, the data has 16"),
+        ("model.text_dim=8", "model.text_dim is 8, the data has 384"),
+    ],
+)
+def test_data_that_the_model_does_not_take(
+    override: str, message: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer.train(tiny_recipe(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_has_no_effect_on_the_curve_may_change(
@@ -133,7 +148,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     recipe = tiny_recipe(*SHORT)
     train(recipe, run)
     (path,) = (run / "checkpoints").iterdir()
-    engine = base.build(recipe)
+    engine = engines.build(recipe)
     averages = Averages(engine.shards, recipe.training.ema_rates)
     checkpoint.load(path, engine, averages)
     next(iter(engine.shards.values())).values.fill_(torch.inf)

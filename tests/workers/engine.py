@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit import engines
 from megadit.data.stream import Stream
 from megadit.engines import base
 from megadit.objectives import flow
@@ -18,7 +19,7 @@ Part = tuple[int, Tensor]  # offset and values of the range of a flat tensor tha
 
 def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
     with process_group(needed=recipe.engine.kind != "single"):
-        engine = base.build(recipe)
+        engine = engines.build(recipe)
         averages = Averages(engine.shards, recipe.training.ema_rates)
 
         def parts(values: Mapping[str, Tensor]) -> dict[str, Part]:

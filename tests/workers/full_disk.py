@@ -3,7 +3,7 @@
 import resource
 from pathlib import Path
 
-from megadit.engines import base
+from megadit import engines
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.ema import Averages
@@ -13,7 +13,7 @@ from megadit.training.ranks import process_group, rank
 def main(recipe: Recipe, folder: Path, full_rank: int) -> str:
     """What the second save says. A limit on the size of files gives a real OSError of the kernel (EFBIG)."""
     with process_group(needed=recipe.engine.kind != "single"):
-        engine = base.build(recipe)
+        engine = engines.build(recipe)
         averages = Averages(engine.shards, [0.9])
         checkpoint.save(folder, engine, averages, images_seen=16, num_steps=1, keep=2)
         if rank() == full_rank:
