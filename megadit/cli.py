@@ -163,6 +163,9 @@ def sample(
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 25,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of the text encoder that the data was packed with, unless it is minilm.")
+    ] = None,
 ) -> None:
     """Draw pictures for prompts with a trained model.
 
@@ -176,7 +179,7 @@ def sample(
         raise ValueError("nothing to draw: give --prompt or --prompt-file")
     from megadit.sampling.generate import sample as generate
 
-    generate(run, prompts, grid, ema, guidance_scale, steps, seed)
+    generate(run, prompts, grid, ema, guidance_scale, steps, seed, encoder)
     print(f"wrote {grid}")
 
 

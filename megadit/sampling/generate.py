@@ -24,11 +24,13 @@ def sample(
     guidance_scale: float = 4.0,
     num_steps: int = 25,
     seed: int = 0,
+    encoder: str | None = None,
 ) -> Path:
     """Sample one image per prompt with the weights of a run's newest whole checkpoint; write a labelled PNG grid.
 
     Args:
         ema: an average's name ("ema_0.999"), "weight" for the raw weights, None for the recipe's first average.
+        encoder: the text encoder that the data was packed with, where its folder is another now.
 
     Raises:
         ValueError: `run` is not a run, has no usable checkpoint or no such average; the encoder's weights are missing.
@@ -36,7 +38,7 @@ def sample(
     if not prompts:
         raise ValueError("nothing to sample: give at least one prompt")
     model, config = load_model(run, ema)
-    tokens, lengths, pooled = pad_text(load_encoder(run).encode(list(prompts)))
+    tokens, lengths, pooled = pad_text(load_encoder(run, encoder).encode(list(prompts)))
     text = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
     images = generate(model, config, text, guidance_scale, num_steps, seed)
     draw_grid(images, prompts, grid)
@@ -56,12 +58,13 @@ def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, MMDiTModel
     return model.eval().requires_grad_(False), recipe.model
 
 
-def load_encoder(run: Path) -> TextEncoder:
-    """The text encoder whose features the run was trained on; ValueError if what is installed here is another."""
+def load_encoder(run: Path, name_or_path: str | None = None) -> TextEncoder:
+    """The text encoder whose features the run was trained on; ValueError if what is there is another."""
     facts = run_folder.load_manifest(run).text
-    encoder = TextEncoder.load(facts.encoder, facts.max_tokens)
+    encoder = TextEncoder.load(name_or_path or facts.encoder, facts.max_tokens)
     if encoder.weights_sha256 != facts.weights_sha256:
         raise ValueError(
-            f"the text encoder {facts.encoder} here has other weights than the one that the data was packed with"
+            f"text encoder {name_or_path or facts.encoder} has other weights than {facts.encoder}, "
+            "which the data was packed with"
         )
     return encoder

@@ -31,7 +31,7 @@ from torch.futures import Future
 from megadit.engines.base import Engine
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
-from megadit.training.ranks import gather, on_first_rank, quiet_single_process, rank, world_size
+from megadit.training.ranks import on_every_rank, on_first_rank, quiet_single_process, rank, world_size
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def save(folder: Path, engine: Engine, averages: Averages, images_seen: int, num
                 storage_writer=_Writer(partial, sync_files=True, single_file_per_rank=True),
                 no_dist=world_size() == 1,
             )
-        files = {n: entry for part in gather(_own_files(partial)) for n, entry in part.items()}
+        files = {n: entry for part in on_every_rank(lambda: _own_files(partial)) for n, entry in part.items()}
         header = Header(
             format=FORMAT,
             images_seen=images_seen,

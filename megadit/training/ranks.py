@@ -65,13 +65,21 @@ def on_first_rank(function: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def gather(value: Result) -> list[Result]:
-    """The values of all ranks, by rank."""
+def on_every_rank(function: Callable[[], Result]) -> list[Result]:
+    """Run `function` on every rank and give all results, by rank, or the first rank's error, to every rank."""
     if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+        return [function()]
+    box: tuple[Result | None, Exception | None]
+    try:
+        box = function(), None
+    except Exception as error:  # handed to every rank, raised below: the others must not wait for this one
+        box = None, error
+    boxes: list[Any] = [None] * world_size()
+    dist.all_gather_object(boxes, box)
+    for _, raised in boxes:
+        if raised is not None:
+            raise raised
+    return [result for result, _ in boxes]
 
 
 @contextmanager

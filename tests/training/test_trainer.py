@@ -13,6 +13,7 @@ import torch
 
 from megadit import engines
 from megadit.recipe import Recipe, RecipeError
+from megadit.sampling.generate import sample
 from megadit.training import checkpoint, trainer
 from megadit.training.ema import Averages
 from megadit.training.signals import STOP_SIGNALS, stop_on_signal
@@ -32,6 +33,10 @@ def half(reference: Any, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_error_of_one_rank_reaches_all(run_ranks: Callable) -> None:
+    assert run_ranks("one_error.py", 2) == ["rank 1: no such file"] * 2
 
 
 # Resuming
@@ -203,3 +208,16 @@ def test_signal_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert stop and stop.signal == signal.SIGTERM
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_sampling_from_a_run(reference: Any, tmp_path: Path) -> None:
+    grids = [tmp_path / name for name in ("ema.png", "raw.png", "again.png")]
+    for grid, ema in zip(grids, (None, "weight", "ema_0.9"), strict=True):
+        sample(reference.folder, ["red fox", "blue whale"], grid, ema=ema, num_steps=2)
+    ema_grid, raw_grid, again = (grid.read_bytes() for grid in grids)
+    assert ema_grid == again != raw_grid
+    with pytest.raises(ValueError, match="holds no weights 'ema_0.5'"):
+        sample(reference.folder, ["x"], tmp_path / "x.png", ema="ema_0.5")
+    with pytest.raises(ValueError, match="give 'minilm' or a folder"):
+        sample(reference.folder, ["x"], tmp_path / "x.png", encoder="absent")
+    assert not (tmp_path / "x.png").exists()
