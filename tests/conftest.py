@@ -74,9 +74,9 @@ def tiny_yaml(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
     path.write_text(f"""\
 name: tiny
-model: {{input_size: 16, patch_size: 4, width: 64, depth: 2, head_dim: 16, text_dim: 384, pooled_dim: 384}}
+model: {{family: mmdit, input_size: 16, in_channels: 3, patch_size: 4, width: 64, depth: 2, head_dim: 16, text_dim: 384, pooled_dim: 384}}
 parametrization: {{kind: mup, base_width: 32}}
-objective: {{caption_dropout: 0.25}}
+objective: {{kind: flow, condition_dropout: 0.25}}
 data: {{url: "file://{packed}/train", validation_url: "file://{packed}/validation", num_streams: 4}}
 optimizer: {{lr: 2^-7, warmup_steps: 4, schedule: cosine, weight_decay: 0.01}}
 training: {{num_images: 320, batch_size: 16, ema_rates: [0.9], log_every_steps: 1}}

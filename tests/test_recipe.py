@@ -22,7 +22,7 @@ from megadit.recipe import (
 
 TREE: dict[str, Any] = {
     "name": "tiny",
-    "model": {"input_size": 16, "patch_size": 2, "width": 64, "depth": 2, "head_dim": 32},
+    "model": {"family": "mmdit", "input_size": 16, "patch_size": 2, "width": 64, "depth": 2, "head_dim": 32},
     "parametrization": {"base_width": 32},
     "data": {"url": "file:///data/train", "num_streams": 4},
     "optimizer": {"lr": "2^-8"},

@@ -18,10 +18,11 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1)."""
+    """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1); label: its class or 0."""
 
     image: Tensor
     text: TextFeatures
+    label: int
     noise: Tensor
     timestep_uniform: float
     drop_uniform: float
@@ -37,6 +38,7 @@ class Batch:
     text             float32 [B, L, D], zero after each caption's end
     text_lengths     int64 [B]
     pooled           float32 [B, P]
+    labels           int64 [B], places in the manifest's `labels`; 0 where the data set has none
     noise            float32 [B, C, H, W], standard normal
     timestep_uniform float32 [B] in [0, 1)
     drop_uniform     float32 [B] in [0, 1); 1 where the caption is never dropped
@@ -47,6 +49,7 @@ class Batch:
     text: Tensor
     text_lengths: Tensor
     pooled: Tensor
+    labels: Tensor
     noise: Tensor
     timestep_uniform: Tensor
     drop_uniform: Tensor
@@ -77,6 +80,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         text=text,
         text_lengths=text_lengths,
         pooled=pooled,
+        labels=torch.tensor([sample.label for sample in samples]),
         noise=torch.stack([sample.noise for sample in samples]),
         timestep_uniform=torch.tensor([sample.timestep_uniform for sample in samples], dtype=torch.float32),
         drop_uniform=torch.tensor([sample.drop_uniform for sample in samples], dtype=torch.float32),

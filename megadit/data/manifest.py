@@ -63,6 +63,7 @@ class Shard(_Node):
 class Manifest(_Node):
     """The whole of manifest.json.
 
+    `labels` are the classes of the pictures, in the order of their numbers; empty where the pack has no labels.
     `inputs` is the sha256 of what was to be packed (source, settings, encoder); `fingerprint` of what came out (every
     shard, the index): two data sets with one fingerprint have the same samples in the same order, wherever they lie.
     """
@@ -74,6 +75,7 @@ class Manifest(_Node):
     num_samples: int
     image: ImageFacts
     text: TextFacts
+    labels: tuple[str, ...] = ()
     shards: tuple[Shard, ...]
     index_sha256: str
 
@@ -110,6 +112,8 @@ class Manifest(_Node):
         index = Index.from_bytes(data)
         if len(index.keys) != self.num_samples:
             raise ManifestError(f"{where}: {len(index.keys)} samples, the manifest says {self.num_samples}")
+        if (index.label is not None) != bool(self.labels):
+            raise ManifestError(f"{where}: the index and the manifest beside it disagree on whether there are labels")
         return index
 
     def _check(self, where: str) -> None:
@@ -118,17 +122,21 @@ class Manifest(_Node):
         buckets = sorted({shard.bucket for shard in self.shards})
         if len(buckets) != 1:
             raise ManifestError(f"{where}: resolution buckets {', '.join(buckets)}; only one is supported yet")
-        if self.fingerprint != compute_fingerprint(self.image, self.text, self.shards, self.index_sha256):
+        if self.fingerprint != compute_fingerprint(self.image, self.text, self.labels, self.shards, self.index_sha256):
             raise ManifestError(f"{where}: the fingerprint does not belong to the shards that it lists")
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return (self.model_dump_json(indent=1, exclude=None if self.labels else {"labels"}) + "\n").encode()
 
 
-def compute_fingerprint(image: ImageFacts, text: TextFacts, shards: tuple[Shard, ...], index_sha256: str) -> str:
+def compute_fingerprint(
+    image: ImageFacts, text: TextFacts, labels: tuple[str, ...], shards: tuple[Shard, ...], index_sha256: str
+) -> str:
     """sha256 over all that determines the samples and their order."""
     facts = [image.model_dump(), text.model_dump(), [shard.model_dump() for shard in shards], index_sha256]
+    if labels:
+        facts.append(labels)
     return hashlib.sha256(json.dumps([FORMAT_VERSION, facts], sort_keys=True).encode()).hexdigest()
 
 
@@ -136,7 +144,8 @@ def compute_fingerprint(image: ImageFacts, text: TextFacts, shards: tuple[Shard,
 class Index:
     """Where each member of each sample lies. N samples in the order of the shards; members per kind in MEMBERS.
 
-    keys: bytes [N]; shard: int32 [N]; offset: int64, size: int32, crc32: uint32 [N] per kind.
+    keys: bytes [N]; shard: int32 [N]; offset: int64, size: int32, crc32: uint32 [N] per kind; label: int32 [N], or None
+    in a pack without labels, whose file has no such column.
     """
 
     keys: np.ndarray
@@ -144,17 +153,20 @@ class Index:
     offset: dict[str, np.ndarray]
     size: dict[str, np.ndarray]
     crc32: dict[str, np.ndarray]
+    label: np.ndarray | None = None
 
     @staticmethod
     def from_bytes(data: bytes) -> "Index":
         """Read index.npz."""
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
             members = {name: {kind: columns[f"{name}.{kind}"] for kind in MEMBERS} for name in MEMBER_COLUMNS}
-            return Index(columns["keys"], columns["shard"], **members)
+            label = columns.get("label")
+            return Index(columns["keys"], columns["shard"], **members, label=label)
 
     def to_bytes(self) -> bytes:
         """Write index.npz; equal indices give equal bytes."""
         buffer = io.BytesIO()
         members = {f"{name}.{kind}": getattr(self, name)[kind] for name in MEMBER_COLUMNS for kind in MEMBERS}
-        np.savez(buffer, keys=self.keys, shard=self.shard, **members)
+        labels = {} if self.label is None else {"label": self.label}
+        np.savez(buffer, keys=self.keys, shard=self.shard, **members, **labels)
         return buffer.getvalue()

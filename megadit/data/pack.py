@@ -71,13 +71,15 @@ def pack(
     shard_samples: int = 512,
     holdout: int = 32,
     where: Sequence[str] = (),
+    label: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Packed:
     """Pack `source` to `destination` (s3://bucket/prefix, file:///folder or a path) as `train` and `validation`.
 
     size: side of the square pictures (centre crop, then Lanczos). holdout: about one concept in `holdout` goes to
-    validation, chosen by a hash of the concept alone. where: conditions `field=value` on the metadata. seed: of the one
-    shuffle. on_progress(done, total): called after each shard, in samples.
+    validation, chosen by a hash of the concept alone. where: conditions `field=value` on the metadata. label: the field
+    of the metadata whose texts are the classes. seed: of the one shuffle. on_progress(done, total): called after each
+    shard, in samples.
     Raises PackError, SourceError and StorageError; a destination that has another data set is left as it is.
     """
     for name, value, least in (("size", size, 1), ("shard_samples", shard_samples, 1), ("holdout", holdout, 2)):
@@ -92,6 +94,8 @@ def pack(
         max_tokens=encoder.max_tokens,
     )
     asked = [source.digest, image.model_dump(), text.model_dump(), seed, shard_samples, holdout, sorted(where)]
+    if label is not None:
+        asked.append(label)
     inputs = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     found = {split: _existing(f"{destination}/{split}", inputs) for split in (TRAIN, VALIDATION)}
     train, validation = found[TRAIN], found[VALIDATION]
@@ -100,6 +104,8 @@ def pack(
         return Packed(train, validation, skipped=True)
 
     splits = _split(source, where, seed, holdout)
+    classes = _read_classes(source, [*splits[TRAIN], *splits[VALIDATION]], label)
+    labels = tuple(sorted(set(classes.values())))
     total, done = sum(map(len, splits.values())), 0
     manifests: dict[str, Manifest] = {}
     for split, keys in splits.items():
@@ -113,16 +119,18 @@ def pack(
             shards.append(_describe(name, data, len(chosen), size))
             done += len(chosen)
             on_progress(done, total)
-        index = columns.to_index().to_bytes()
+        numbers = [labels.index(classes[key]) for key in keys] if labels else None
+        index = columns.to_index(numbers).to_bytes()
         store.put(INDEX_NAME, index)
         index_sha256 = hashlib.sha256(index).hexdigest()
         manifests[split] = Manifest(
             name=f"{source.name}/{split}",
             inputs=inputs,
-            fingerprint=compute_fingerprint(image, text, tuple(shards), index_sha256),
+            fingerprint=compute_fingerprint(image, text, labels, tuple(shards), index_sha256),
             num_samples=len(keys),
             image=image,
             text=text,
+            labels=labels,
             shards=tuple(shards),
             index_sha256=index_sha256,
         )
@@ -159,6 +167,18 @@ def _split(source: CaptionedFolder, where: Sequence[str], seed: int, holdout: in
     return splits
 
 
+def _read_classes(source: CaptionedFolder, keys: Sequence[str], label: str | None) -> dict[str, str]:
+    """The class of each picture, by key: a text in the field `label` of its metadata; empty without a label."""
+    if label is None:
+        return {}
+    classes = {key: source.metadata[key].get(label) for key in keys}
+    for key, name in classes.items():
+        if not isinstance(name, str):
+            known = ", ".join(field for field, value in source.metadata[key].items() if isinstance(value, str))
+            raise PackError(f"label {label!r}: the picture {key!r} has no text in that field; it has one in {known}")
+    return classes
+
+
 @dataclass
 class _Columns:
     """The index while it grows."""
@@ -173,12 +193,13 @@ class _Columns:
         for name, value in (("offset", offset), ("size", len(data)), ("crc32", zlib.crc32(data))):
             self.members[name][kind].append(value)
 
-    def to_index(self) -> Index:
+    def to_index(self, labels: Sequence[int] | None) -> Index:
         members = {
             name: {kind: np.array(values, dtype=MEMBER_COLUMNS[name]) for kind, values in kinds.items()}
             for name, kinds in self.members.items()
         }
-        return Index(np.array(self.keys, dtype=np.bytes_), np.array(self.shard, dtype=np.int32), **members)
+        label = None if labels is None else np.array(labels, dtype=np.int32)
+        return Index(np.array(self.keys, dtype=np.bytes_), np.array(self.shard, dtype=np.int32), **members, label=label)
 
 
 def _build_shard(

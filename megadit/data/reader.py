@@ -45,6 +45,10 @@ class Reader:
             found |= members
         return found
 
+    def label(self, sample: int) -> int:
+        """The class of a sample, a place in the manifest's `labels`; 0 where the data set has none."""
+        return 0 if self._index.label is None else int(self._index.label[sample])
+
     def decode(self, members: dict[str, bytes]) -> tuple[Tensor, TextFeatures]:
         """Picture float32 [C, H, W] in [-1, 1] and text features of one sample."""
         with Image.open(io.BytesIO(members[IMAGE])) as picture:

@@ -145,7 +145,7 @@ def _supply(order: Order, reader: Reader, pool: ThreadPoolExecutor, stream: int,
             timestep_uniform, drop_uniform = draws.random(2, dtype=np.float32).tolist()
             image, text = reader.decode(members[sample])
             noise = torch.from_numpy(draws.standard_normal(tuple(image.shape), dtype=np.float32))
-            yield Sample(image, text, noise, timestep_uniform, drop_uniform, epoch, sample)
+            yield Sample(image, text, reader.label(sample), noise, timestep_uniform, drop_uniform, epoch, sample)
         number, skip = number + 1, 0
 
 
@@ -172,7 +172,8 @@ def validation_batches(
             image, text = decoded[int(sample)]
             draws = generator(seed, Purpose.VALIDATION_SAMPLE, int(sample), int(stratum))
             noise = torch.from_numpy(draws.standard_normal(tuple(image.shape), dtype=np.float32))
-            samples.append(Sample(image, text, noise, (stratum + 0.5) / num_timesteps, 1.0, 0, int(sample)))
+            uniform, label = (stratum + 0.5) / num_timesteps, reader.label(sample)
+            samples.append(Sample(image, text, label, noise, uniform, 1.0, 0, int(sample)))
         yield collate(samples), weights
 
 

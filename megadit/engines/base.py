@@ -37,6 +37,7 @@ class Engine(Protocol):
     """A model on this rank's share of the hardware. Every method is called by all ranks together."""
 
     device: torch.device
+    model: nn.Module  # as it was built, for looking on: its weights may be sharded
     shards: Mapping[str, Shard]
 
     def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:

@@ -111,7 +111,7 @@ class TorchEngine:
         total = norms.square().sum()
         norm = math.sqrt(sum_over_ranks(total).item() if self._sharded else total.item())
         require_finite(norm)
-        if norm > self._max_grad_norm:
+        if self._max_grad_norm is not None and norm > self._max_grad_norm:
             torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         return norm
 

@@ -36,14 +36,14 @@ class ZeroEngine:
         specs = build_table(recipe)
         config = _config(recipe, dist.get_world_size())
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = models.build(recipe.model)
-        set_multipliers(model, specs)
-        self._parameters = dict(model.named_parameters())
+            self.model = models.build(recipe.model)
+        set_multipliers(self.model, specs)
+        self._parameters = dict(self.model.named_parameters())
         optimizer = adamw(self._parameters, specs, recipe.optimizer)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._engine: Any
         self._optimizer: Any
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         self.shards: Mapping[str, Shard] = {name: _shard_of(p) for name, p in self._parameters.items()}
         load_initial_weights(self, specs, recipe.seed)
         self.set_num_steps(0)
@@ -109,7 +109,7 @@ def _config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "train_batch_size": recipe.training.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": samples_per_rank // micro_batch,
-        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "gradient_clipping": recipe.optimizer.max_grad_norm or 0.0,  # 0: none
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -77,7 +77,7 @@ def compare(config: MMDiTModel, batch: int, num_text_tokens: int, precision: str
     torch.manual_seed(0)
     ours, theirs = models.build(config).to(device), peer(config).to(device)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device)
-    t = torch.rand(batch, device=device)
+    timestep = 1000 * torch.rand(batch, device=device)
     text = torch.randn(batch, num_text_tokens, config.text_dim, device=device)
     pooled = torch.randn(batch, config.pooled_dim, device=device)
     lengths = torch.arange(batch, device=device) % num_text_tokens + 1  # ours masks; diffusers attends to the padding
@@ -86,8 +86,8 @@ def compare(config: MMDiTModel, batch: int, num_text_tokens: int, precision: str
         return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     pairs = time_pairs(
-        training_step(ours, lambda: ours(x, t, text=text, text_lengths=lengths, pooled=pooled), context()),
-        training_step(theirs, lambda: theirs(x, text, pooled, t * 1000, return_dict=False)[0], context()),
+        training_step(ours, lambda: ours(x, timestep, text=text, text_lengths=lengths, pooled=pooled), context()),
+        training_step(theirs, lambda: theirs(x, text, pooled, timestep, return_dict=False)[0], context()),
         num_pairs,
     )
     rows = [("megadit MMDiT", ours, 0), ("diffusers SD3Transformer2DModel", theirs, 1)]

@@ -41,13 +41,26 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(JointBlock(config, ends_text=index == last) for index in range(config.depth))
         self.final_modulation = Modulation(width, 2)
         self.readout = Readout(width, patch_features)
+        self.repa_head = RepaHead(width, config.repa.feature_dim) if config.repa else None
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, *, text: Tensor, text_lengths: Tensor, pooled: Tensor) -> Tensor:
-        """Predict a tensor like `x_BCHW`, for times `t_B` in [0, 1] (fp32).
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        timestep_B: Tensor,
+        *,
+        text: Tensor,
+        text_lengths: Tensor,
+        pooled: Tensor,
+        dropped_B: Tensor | None = None,
+        return_features: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict a tensor like `x_BCHW`, for timesteps in [0, 1000] (fp32).
 
         `text` [B, L, text_dim] holds text_lengths [B] tokens per sample; what lies beyond is padding and has no
-        influence. `pooled` is [B, pooled_dim]. Activations take the dtype of the weights. Raises ValueError for an
-        image of another size than the recipe's.
+        influence. `pooled` is [B, pooled_dim]. Where `dropped_B` is true the caption is dropped: it becomes one zero
+        token and a zero pooled vector, which the biases of the text projections turn into a learned null caption.
+        `return_features` asks for (prediction, features of the REPA head [B, T, feature_dim]). Activations take the
+        dtype of the weights. Raises ValueError for an image of another size than the recipe's.
         """
         config = self.config
         if x_BCHW.shape[1:] != (config.in_channels, config.input_size, config.input_size):
@@ -57,6 +70,10 @@ class MMDiT(nn.Module):
         side = config.input_size // config.patch_size
         num_image_tokens = side * side
 
+        if dropped_B is not None:
+            text_lengths = torch.where(dropped_B, 1, text_lengths)
+            text = text.masked_fill(dropped_B[:, None, None], 0)
+            pooled = pooled.masked_fill(dropped_B[:, None], 0)
         text_mask_BL = torch.arange(text.shape[1], device=text.device) < text_lengths[:, None]
         key_mask_BS = torch.nn.functional.pad(text_mask_BL, (num_image_tokens, 0), value=True)
         text = text.to(dtype).masked_fill(~text_mask_BL[:, :, None], 0)  # a NaN in the padding would pass the mask
@@ -64,14 +81,37 @@ class MMDiT(nn.Module):
         image_BTD = self.patch_embed(patchify(x_BCHW.to(dtype), config.patch_size))
         image_BTD = image_BTD + grid_positions(side, config.width, x_BCHW.device).to(image_BTD.dtype)
         text_BLD = self.text_embed(text)
-        condition_BD = self.time_embed(timestep_sinusoid(t_B).to(dtype)) + self.pooled_embed(pooled.to(dtype))
+        condition_BD = self.time_embed(timestep_sinusoid(timestep_B).to(dtype)) + self.pooled_embed(pooled.to(dtype))
         condition_BD = torch.nn.functional.silu(condition_BD)
 
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             image_BTD, text_BLD = block(image_BTD, text_BLD, condition_BD, key_mask_BS)
+            if return_features and config.repa and number == config.repa.block:
+                features_BTF = self.repa_head(image_BTD)  # type: ignore[misc]
 
         shift, scale = self.final_modulation(condition_BD)
-        return unpatchify(self.readout(modulate(image_BTD, shift, scale)), config.in_channels, config.patch_size)
+        prediction = self.readout(modulate(image_BTD, shift, scale))
+        prediction = unpatchify(prediction, config.in_channels, config.patch_size)
+        return (prediction, features_BTF) if return_features else prediction
+
+
+class RepaHead(nn.Module):
+    """Three layers with SiLU from image tokens to features of a pretrained encoder (REPA, arXiv 2410.06940, 3.1).
+
+    The hidden layers are as wide as the model, not 2048 as in the paper: so that under muP they are hidden matrices,
+    and only the last layer leaves the width.
+    """
+
+    def __init__(self, width: int, feature_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+        self.readout = Readout(width, feature_dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, feature_dim]."""
+        silu = torch.nn.functional.silu
+        return self.readout(silu(self.fc2(silu(self.fc1(x_BTD)))))
 
 
 class JointBlock(nn.Module):

@@ -1,35 +1,48 @@
-"""Rectified flow: predict the velocity noise - image on the straight path between them (arXiv 2403.03206, section 2).
-
-Time runs as in diffusers' flow-matching schedulers: t = 0 is the image, t = 1 is noise.
-"""
+"""Rectified flow: predict the velocity noise - image on the straight path between them (arXiv 2403.03206, section 2)."""
 
 import torch
 from torch import Tensor, nn
 
 from megadit.data.batch import Batch
-from megadit.recipe import FlowObjective
+from megadit.objectives.conditioning import arguments
+from megadit.recipe import FlowObjective, MMDiTModel, ModelConfig
 
 
-def timesteps(uniform_B: Tensor, objective: FlowObjective) -> Tensor:
-    """Logit-normal timesteps in [0, 1] from uniform draws: t = sigmoid(mean + std * normal quantile)."""
-    return torch.sigmoid(objective.logit_mean + objective.logit_std * torch.special.ndtri(uniform_B))
+class Flow:
+    """The objective `flow`, with the alignment loss of REPA where the recipe asks for it."""
+
+    def __init__(self, objective: FlowObjective, config: ModelConfig, device: torch.device) -> None:
+        self._objective = objective
+        self._family = config.family
+        self._alignment = None
+        if objective.repa is not None:
+            from megadit.objectives.repa import Alignment
+
+            assert isinstance(config, MMDiTModel)
+            self._alignment = Alignment(objective.repa, config, device)
+
+    def timesteps(self, uniform_B: Tensor) -> Tensor:
+        """Logit-normal: t = sigmoid(mean + std * normal quantile)."""
+        logits_B = self._objective.logit_mean + self._objective.logit_std * torch.special.ndtri(uniform_B)
+        return 1000 * torch.sigmoid(logits_B)
+
+    def timesteps_at(self, fraction_B: Tensor) -> Tensor:
+        return 1000 * fraction_B
+
+    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
+        """Mean squared velocity error, plus the weighted alignment loss."""
+        noisy = torch.lerp(batch.images, batch.noise, (timestep_B / 1000).view(-1, 1, 1, 1))
+        conditions = arguments(batch, self._family, self._objective.condition_dropout)
+        if self._alignment is None:
+            return _squared_error(model(noisy, timestep_B, **conditions), self.targets(batch))
+        assert self._objective.repa is not None
+        prediction, features_BTF = model(noisy, timestep_B, **conditions, return_features=True)
+        alignment_B = self._alignment.losses(features_BTF, batch.images)
+        return _squared_error(prediction, self.targets(batch)) + self._objective.repa.weight * alignment_B
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.noise - batch.images
 
 
-def losses(model: nn.Module, batch: Batch, t_B: Tensor, caption_dropout: float) -> Tensor:
-    """Mean squared velocity error of each sample, fp32 [B].
-
-    The caption of a sample is dropped where its uniform draw is below `caption_dropout`: classifier-free guidance
-    (arXiv 2207.12598) needs the unconditional model too. A dropped caption is one zero token and a zero pooled
-    vector, which the biases of the text projections turn into a learned null caption.
-    """
-    kept_B = batch.drop_uniform >= caption_dropout
-    t_B111 = t_B.view(-1, 1, 1, 1)
-    prediction = model(
-        torch.lerp(batch.images, batch.noise, t_B111),
-        t_B,
-        text=batch.text * kept_B.view(-1, 1, 1),
-        text_lengths=torch.where(kept_B, batch.text_lengths, 1),
-        pooled=batch.pooled * kept_B.view(-1, 1),
-    )
-    target = batch.noise - batch.images
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).square().flatten(1).mean(1)

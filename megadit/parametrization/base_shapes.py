@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from megadit import models
-from megadit.recipe import MMDiTModel, Recipe
+from megadit.recipe import ModelConfig, Recipe
 
 # Per parameter and dimension the size in the base model, or None for a dimension that is not a width.
 BaseShapes = Mapping[str, tuple[int | None, ...]]
@@ -24,13 +24,13 @@ _HEADER = """\
 """
 
 
-def meta_model(config: MMDiTModel) -> nn.Module:
+def meta_model(config: ModelConfig) -> nn.Module:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return models.build(config)
 
 
-def at_width(config: MMDiTModel, width: int) -> MMDiTModel:
+def at_width(config: ModelConfig, width: int) -> ModelConfig:
     """The same model with another number of heads. Raises ValueError where the width has no whole number of them."""
     if width % config.head_dim:
         raise ValueError(f"base_width {width} must be a multiple of model.head_dim {config.head_dim}")
@@ -97,9 +97,13 @@ def resolve(name: str) -> Path:
 
 
 def require_match(shapes: BaseShapes, model: nn.Module, source: str) -> None:
-    """Raise ValueError unless the base shapes name the model's parameters, with as many dimensions each."""
+    """Raise ValueError unless the base shapes name the model's parameters, with as many dimensions each.
+
+    They may name its buffers too: in published files DiT's fixed positions are a parameter.
+    """
     target = _shapes(model)
-    _require_same_names(shapes, target, source, "the model")
+    buffers = {name for name, _ in model.named_buffers()}
+    _require_same_names({n: s for n, s in shapes.items() if n not in buffers}, target, source, "the model")
 
 
 def _from_width(recipe: Recipe) -> BaseShapes:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# Matrices by which of (fan-out, fan-in) are widths: neither, fan-out, both; "output" is the weight of a Readout.
+# By which dimensions are widths: none, all but the fan-in (tables and embeddings too), fan-out and fan-in; "output" is the
+# weight of a Readout, "vector" everything one-dimensional.
 Role = Literal["finite", "input", "hidden", "output", "vector"]
-InitKind = Literal["normal", "xavier_uniform", "zero", "one"]
+InitKind = Literal["normal", "uniform", "zero", "one"]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from torch import nn
 from megadit.models.layers import Readout
 from megadit.parametrization import base_shapes
 from megadit.parametrization.base_shapes import BaseShapes
-from megadit.parametrization.initialisation import rule
+from megadit.parametrization.initialisation import rule_of, standard_deviation
 from megadit.parametrization.spec import ParamSpec, Role
 from megadit.recipe import Recipe
+
+
+TABLES = ("scale_shift_table",)  # names of parameters that are tables: rows of width
 
 
 def build_table(recipe: Recipe) -> list[ParamSpec]:
@@ -34,10 +37,11 @@ def build_table(recipe: Recipe) -> list[ParamSpec]:
 
 
 def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> list[ParamSpec]:
-    """The table of a model whose parameters belong to linear layers or have one dimension.
+    """The table of a model of the recipe's family. Without `shapes` nothing is a width.
 
-    Without `shapes` nothing is a width.
+    Raises ValueError for a parameter without a role, or without a rule for its initial value.
     """
+    parametrization, optimizer = recipe.parametrization, recipe.optimizer
     specs = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -46,22 +50,24 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
         module = model.get_submodule(module_name)
         shape = tuple(parameter.shape)
         base = shapes[name] if shapes is not None else (None,) * len(shape)
-        role = _role(name, module, base)
+        role = _role(name, leaf, module, base)
         m = _width_mult(shape, base)
         hidden_mult = m if role == "hidden" else 1.0
-        init, std = rule(module, leaf, parameter, hidden_mult, recipe.parametrization)
+        rule = rule_of(name, recipe.model.family, parametrization)
+        base_dims = [size if dim is None else dim for size, dim in zip(shape, base, strict=True)]
+        decay_mult = hidden_mult ** (1 - parametrization.decay_exponent)
         specs.append(
             ParamSpec(
                 name=name,
                 shape=shape,
                 role=role,
                 width_mult=m,
-                init=init,
-                init_std=std,
-                lr=recipe.optimizer.lr / hidden_mult,
-                weight_decay=recipe.optimizer.weight_decay * hidden_mult,
-                eps=recipe.optimizer.eps,
-                multiplier=recipe.parametrization.output_mult / m if role == "output" else 1.0,
+                init=rule.kind,
+                init_std=standard_deviation(rule, base_dims, hidden_mult),
+                lr=optimizer.lr / hidden_mult,
+                weight_decay=optimizer.weight_decay * decay_mult,
+                eps=optimizer.eps / hidden_mult if parametrization.scale_eps else optimizer.eps,
+                multiplier=parametrization.output_mult / m if role == "output" else 1.0,
             )
         )
     return specs
@@ -96,16 +102,21 @@ def format_table(specs: Sequence[ParamSpec]) -> str:
     return "\n".join([*lines, f"{len(specs)} tensors, {total:,} parameters"])
 
 
-def _role(name: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:
+def _role(name: str, leaf: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:
     """The role of a parameter from the module that owns it and from which of its dimensions are widths."""
     if len(base) == 1:
         return "vector"
-    if not isinstance(module, nn.Linear) or len(base) != 2:
+    is_width = [dim is not None for dim in base]
+    if isinstance(module, nn.Embedding) or leaf in TABLES:
+        if len(base) == 2 and not is_width[0]:
+            return "input" if is_width[1] else "finite"
+        raise ValueError(f"{name}: the rows of a table must not be a width, and a row has one dimension")
+    if not isinstance(module, nn.Linear | nn.Conv2d) or any(is_width[2:]):
         raise ValueError(
             f"{name}: no role is known for a parameter with {len(base)} dimensions of a {type(module).__name__}; "
-            "muP covers linear layers and vectors"
+            f"muP covers linear layers, patch embeddings (Conv2d), embeddings, {', '.join(TABLES)} and vectors"
         )
-    out_is_width, in_is_width = (dim is not None for dim in base)
+    out_is_width, in_is_width = is_width[:2]
     if isinstance(module, Readout):
         if out_is_width:
             raise ValueError(f"{name}: a Readout must not map to a width")
@@ -113,7 +124,7 @@ def _role(name: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:
     if out_is_width:
         return "hidden" if in_is_width else "input"
     if in_is_width:
-        raise ValueError(f"{name}: a linear layer from width to something that is not width must be a Readout")
+        raise ValueError(f"{name}: a layer from width to something that is not width must be a Readout")
     return "finite"
 
 

@@ -62,10 +62,10 @@ class Reporter:
         if self._metrics:
             self._metrics.say(text)
 
-    def step(self, images_seen: int, t_B: Tensor, loss_B: Tensor, grad_norm: float, lr_factor: float) -> None:
+    def step(self, images_seen: int, timestep_B: Tensor, loss_B: Tensor, grad_norm: float, lr_factor: float) -> None:
         """Take in one step of this rank; write a line when one is due."""
         num_bins = len(self._bins)
-        bin_B = (t_B * num_bins).long().clamp(max=num_bins - 1)
+        bin_B = (timestep_B / 1000 * num_bins).long().clamp(max=num_bins - 1)
         self._bins.index_add_(0, bin_B, torch.stack([loss_B.double(), torch.ones_like(loss_B.double())], dim=1))
         if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
             return

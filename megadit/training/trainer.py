@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megadit import engines
+from megadit import engines, objectives
 from megadit.data.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
-from megadit.objectives import flow
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size
 from megadit.training import checkpoint, run_folder
@@ -48,13 +47,21 @@ def train(recipe: Recipe, run: Path) -> int:
 
 def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
     """Raise ValueError unless the model takes the pictures and the text features of the data set."""
-    model, image, text = recipe.model, manifest.image, manifest.text
-    pairs = {
-        "model.input_size": (model.input_size, image.size),
-        "model.in_channels": (model.in_channels, image.channels),
-        "model.text_dim": (model.text_dim, text.dim),
-        "model.pooled_dim": (model.pooled_dim, text.pooled_dim),
+    image, text = manifest.image, manifest.text
+    theirs = {
+        "input_size": image.size,
+        "in_channels": image.channels,
+        "text_dim": text.dim,
+        "pooled_dim": text.pooled_dim,
+        "num_classes": len(manifest.labels),
     }
+    settings = recipe.model.model_dump()
+    pairs = {f"model.{key}": (settings[key], value) for key, value in theirs.items() if key in settings}
+    if "max_text_tokens" in settings and settings["max_text_tokens"] < text.max_tokens:
+        raise ValueError(
+            f"the data at {recipe.data.url} has captions of up to {text.max_tokens} tokens, "
+            f"the model takes model.max_text_tokens {settings['max_text_tokens']}"
+        )
     wrong = [f"{key} is {ours}, the data has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if wrong:
         raise ValueError(f"the model does not fit the data at {recipe.data.url}: {'; '.join(wrong)}")
@@ -68,6 +75,7 @@ class Trainer:
         self._run = run
         self._engine = engine
         self._stop = stop
+        self._objective = objectives.build(recipe, engine.device)
         self._averages = Averages(engine.shards, recipe.training.ema_rates)
         self._images_seen = 0
 
@@ -109,11 +117,11 @@ class Trainer:
     def _step(self, batch: Batch, reporter: Reporter) -> None:
         batch_size = self._recipe.training.batch_size
         step = self._images_seen // batch_size
-        t_B = flow.timesteps(batch.timestep_uniform, self._recipe.objective)
-        micro_batch_size = self._recipe.training.micro_batch_size or len(t_B)
+        timestep_B = self._objective.timesteps(batch.timestep_uniform)
+        micro_batch_size = self._recipe.training.micro_batch_size or len(batch)
         losses = [
-            self._loss_of(part, part_t_B)
-            for part, part_t_B in zip(batch.split(micro_batch_size), t_B.split(micro_batch_size), strict=True)
+            self._loss_of(part, part_B)
+            for part, part_B in zip(batch.split(micro_batch_size), timestep_B.split(micro_batch_size), strict=True)
         ]
         try:
             loss_B, grad_norm = self._engine.train_step(losses, lr_factor(self._recipe, step))
@@ -121,11 +129,11 @@ class Trainer:
             raise ValueError(f"step {step} ({self._images_seen} images seen): {error}") from None
         self._averages.update()
         self._images_seen += batch_size
-        reporter.step(self._images_seen, t_B, loss_B.cpu(), grad_norm, lr_factor(self._recipe, step))
+        reporter.step(self._images_seen, timestep_B, loss_B.cpu(), grad_norm, lr_factor(self._recipe, step))
 
-    def _loss_of(self, batch: Batch, t_B: Tensor) -> LossClosure:
-        device, dropout = self._engine.device, self._recipe.objective.caption_dropout
-        return lambda model: flow.losses(model, batch.to(device), t_B.to(device), dropout)
+    def _loss_of(self, batch: Batch, timestep_B: Tensor) -> LossClosure:
+        device = self._engine.device
+        return lambda model: self._objective.losses(model, batch.to(device), timestep_B.to(device))
 
     def _passed(self, every_images: int) -> bool:
         """Whether the step just made reached or crossed a multiple of `every_images`."""
@@ -136,10 +144,10 @@ class Trainer:
         return bool(base.sum_over_ranks(torch.tensor(int(bool(self._stop)))).item())
 
     def _validate(self, reporter: Reporter) -> None:
-        reporter.validation(self._images_seen, "raw", validate(self._engine, self._recipe))
+        reporter.validation(self._images_seen, "raw", validate(self._engine, self._objective, self._recipe))
         for name, values in self._averages.by_name().items():
             with base.replaced_weights(self._engine, values):
-                reporter.validation(self._images_seen, name, validate(self._engine, self._recipe))
+                reporter.validation(self._images_seen, name, validate(self._engine, self._objective, self._recipe))
 
     def _save(self) -> None:
         checkpoint.save(

@@ -13,7 +13,7 @@ import torch
 
 from megadit.data.stream import validation_batches
 from megadit.engines.base import Engine, sum_over_ranks
-from megadit.objectives import flow
+from megadit.objectives import Objective
 from megadit.recipe import Recipe
 from megadit.training.ranks import rank, world_size
 
@@ -25,7 +25,7 @@ class ValidationLoss:
     constant_loss: float  # of the best constant prediction: the variance of the targets over the set
 
 
-def validate(engine: Engine, recipe: Recipe) -> ValidationLoss:
+def validate(engine: Engine, objective: Objective, recipe: Recipe) -> ValidationLoss:
     """Score the engine's present weights on the whole validation set."""
     settings = recipe.validation
     assert settings is not None and recipe.data.validation_url is not None
@@ -35,13 +35,14 @@ def validate(engine: Engine, recipe: Recipe) -> ValidationLoss:
     for batch, weight_B in validation_batches(
         recipe.data.validation_url, recipe.seed, rank(), world_size(), settings.batch_size, strata
     ):
-        t_B = batch.timestep_uniform
-        closure = partial(flow.losses, batch=batch.to(engine.device), t_B=t_B.to(engine.device), caption_dropout=0.0)
+        fraction_B, on_device = batch.timestep_uniform, batch.to(engine.device)
+        timestep_B = objective.timesteps_at(on_device.timestep_uniform)
+        closure = partial(objective.losses, batch=on_device, timestep_B=timestep_B)
         loss_B = engine.evaluate(closure).double().cpu()
-        stratum_B = (t_B * strata).long()
+        stratum_B = (fraction_B * strata).long()
         sums[:, 0].index_add_(0, stratum_B, loss_B * weight_B)
         sums[:, 1].index_add_(0, stratum_B, weight_B.double())
-        target = (batch.noise - batch.images).double() * weight_B.double().view(-1, 1, 1, 1)
+        target = objective.targets(batch).double() * weight_B.double().view(-1, 1, 1, 1)
         first = first + target.sum(0)
         second = second + target.square().sum(0)
     counts = sum_over_ranks(sums)[:, 1].sum()

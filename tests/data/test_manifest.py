@@ -55,6 +55,7 @@ def test_a_bucket_that_is_missing(s3_bucket: str) -> None:
         (lambda tree: tree.update(extra=1), r"extra: Extra inputs are not permitted"),
         (lambda tree: tree.update(num_samples=5), r"do not have the 5 samples"),
         (lambda tree: tree["shards"][0].update(bucket="16x32"), r"resolution buckets 16x16, 16x32; only one"),
+        (lambda tree: tree.update(labels=["cat", "dog"]), r"the fingerprint does not belong"),
         (lambda tree: tree["shards"].reverse(), r"the fingerprint does not belong"),
     ],
 )

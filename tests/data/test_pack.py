@@ -158,6 +158,44 @@ def test_the_fingerprint_is_of_the_contents(pack_animals: Callable, packed: Path
     assert json.loads((packed / "train" / "manifest.json").read_text())["text"]["encoder"] == "minilm"
 
 
+def test_labels_are_the_classes_of_both_splits(pack_animals: Callable, packed: Path, tmp_path: Path) -> None:
+    result = pack_animals(str(tmp_path), label="subgroup")
+    source = open_source("emoji")
+    selected = [source.metadata[key]["subgroup"] for key in source.select(["group=animals-nature", "skin_tone=false"])]
+    assert result.train.labels == result.validation.labels == tuple(sorted(set(selected)))
+    seen = set()
+    for split, manifest in (("train", result.train), ("validation", result.validation)):
+        index = manifest.load_index(open_store(str(tmp_path / split)))
+        assert index.label is not None
+        assert index.label.dtype == np.int32
+        for key, number in zip(index.keys, index.label, strict=True):
+            assert manifest.labels[number] == source.metadata[key.decode()]["subgroup"]
+        seen |= set(index.label.tolist())
+        assert Manifest.load(str(tmp_path / split)) == manifest
+        plain = Manifest.load(str(packed / split))
+        assert [shard.sha256 for shard in manifest.shards] == [shard.sha256 for shard in plain.shards]
+        assert len({manifest.fingerprint, plain.fingerprint}) == len({manifest.inputs, plain.inputs}) == 2
+    assert seen == set(range(len(result.train.labels)))
+    assert pack_animals(str(tmp_path), label="subgroup").skipped
+    with pytest.raises(PackError, match="has another data set"):
+        pack_animals(str(tmp_path))
+
+
+def test_a_pack_without_labels_says_nothing_of_them(packed: Path) -> None:
+    assert Manifest.load(str(packed / "train")).labels == ()
+    assert b"label" not in (packed / "train" / "manifest.json").read_bytes()
+    with np.load(packed / "train" / "index.npz") as columns:
+        assert "label" not in columns
+
+
+def test_a_picture_without_a_label(pack_animals: Callable, tmp_path: Path) -> None:
+    with pytest.raises(PackError, match=r"label 'colour': the picture '[-\w]+' has no text in that field; .*subgroup"):
+        pack_animals(str(tmp_path), label="colour")
+    with pytest.raises(PackError, match="label 'skin_tone': .* has no text in that field"):
+        pack_animals(str(tmp_path), label="skin_tone")
+    assert not files(tmp_path)
+
+
 @pytest.mark.parametrize("setting", ["size", "shard_samples", "holdout"])
 def test_bad_settings(pack_animals: Callable, tmp_path: Path, setting: str) -> None:
     with pytest.raises(PackError, match=f"{setting} 0 must be at least"):

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megadit.data.batch import Batch, concatenate
 from megadit.data.manifest import Manifest
 from megadit.data.order import Order
 from megadit.data.reader import CorruptShardError
+from megadit.data.sources import open_source
 from megadit.data.storage import open_store
 from megadit.data.stream import Stream, validation_batches
 from megadit.randomness import Purpose, generator
@@ -128,6 +130,25 @@ def test_any_number_of_workers(train: Path, expected: list[Batch], ranks: int, w
 @pytest.mark.parametrize(("first", "ranks"), [(1, 1), (17, 2), (33, 4)])
 def test_resuming_equals_continuing(train: Path, expected: list[Batch], first: int, ranks: int) -> None:
     assert digest(steps(train, ranks, first=first, count=STEPS - first)) == digest(expected[first:])
+
+
+def test_labels_come_with_their_pictures(
+    pack_animals: Callable, expected: list[Batch], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("labelled")
+    manifest = pack_animals(str(folder), label="subgroup").train
+    keys = manifest.load_index(open_store(str(folder / "train"))).keys
+    metadata = open_source("emoji").metadata
+    batches = steps(folder / "train", ranks=2, workers=1)
+    for batch in batches:
+        assert batch.labels.dtype == torch.int64
+        names = [metadata[keys[sample].decode()]["subgroup"] for sample in batch.sample.tolist()]
+        assert [manifest.labels[number] for number in batch.labels.tolist()] == names
+    assert digest(batches) == digest(expected)  # labels change nothing else
+    for batch, _ in validation_batches(str(folder / "train"), SEED, 0, 1, 16, 2):
+        names = [metadata[keys[sample].decode()]["subgroup"] for sample in batch.sample.tolist()]
+        assert [manifest.labels[number] for number in batch.labels.tolist()] == names
+    assert not torch.cat([batch.labels for batch in expected]).any()  # a pack without labels
 
 
 def test_from_s3(packed: Path, expected: list[Batch], s3_bucket: str) -> None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from megadit import models
+from megadit import models, objectives
 from megadit.data.stream import Stream
-from megadit.objectives import flow
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value, set_multipliers
 from megadit.parametrization.table import build_table
@@ -53,10 +52,11 @@ def expected(tiny_recipe: Callable[..., Recipe]) -> dict[str, Any]:
     averaged.update_parameters(model)  # the first one copies
     lrs = [group["lr"] for group in optimizer.param_groups]
     found: dict[str, Any] = {"initial": values_of(model), "losses": [], "norms": []}
+    objective = objectives.build(recipe, torch.device("cpu"))
     stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     for factor in LR_FACTORS:
         batch = next(stream)
-        loss_B = flow.losses(model, batch, flow.timesteps(batch.timestep_uniform, recipe.objective), 0.25)
+        loss_B = objective.losses(model, batch, objective.timesteps(batch.timestep_uniform))
         loss_B.mean().backward()
         found["losses"].append(loss_B.detach())
         found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm).item())
@@ -72,8 +72,8 @@ def expected(tiny_recipe: Callable[..., Recipe]) -> dict[str, Any]:
     found["weight"], found["ema"] = values_of(model), values_of(averaged.module)
     batch = next(stream)
     with torch.no_grad():
-        found["own"] = flow.losses(model, batch, batch.timestep_uniform, 0.0)
-        found["replaced"] = flow.losses(averaged.module, batch, batch.timestep_uniform, 0.0)
+        found["own"] = objective.losses(model, batch, 1000 * batch.timestep_uniform)
+        found["replaced"] = objective.losses(averaged.module, batch, 1000 * batch.timestep_uniform)
     assert max(found["norms"]) > recipe.optimizer.max_grad_norm  # or clipping is not tested
     return found
 

@@ -24,6 +24,7 @@ def make_recipe() -> Callable[..., Recipe]:
         tree: dict[str, Any] = {
             "name": "small",
             "model": {
+                "family": "mmdit",
                 "input_size": 8,
                 "in_channels": 3,
                 "patch_size": 2,

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit import engines
+from megadit import engines, objectives
 from megadit.data.stream import Stream
 from megadit.engines import base
-from megadit.objectives import flow
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
 from megadit.training.ranks import process_group, rank, world_size
@@ -20,6 +19,7 @@ Part = tuple[int, Tensor]  # offset and values of the range of a flat tensor tha
 def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
     with process_group(needed=recipe.engine.kind != "single"):
         engine = engines.build(recipe)
+        objective = objectives.build(recipe, engine.device)
         averages = Averages(engine.shards, recipe.training.ema_rates)
 
         def parts(values: Mapping[str, Tensor]) -> dict[str, Part]:
@@ -32,8 +32,8 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
         stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
         for factor in lr_factors:
             batch = next(stream)
-            t_B = flow.timesteps(batch.timestep_uniform, recipe.objective)
-            losses, norm = engine.train_step([lambda model, b=batch, t=t_B: flow.losses(model, b, t, 0.25)], factor)
+            timestep_B = objective.timesteps(batch.timestep_uniform)
+            losses, norm = engine.train_step([lambda m, b=batch, t=timestep_B: objective.losses(m, b, t)], factor)
             averages.update()
             found["losses"].append(losses)
             found["norms"].append(norm)
@@ -48,7 +48,7 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
         batch = next(stream)
 
         def evaluate() -> Tensor:
-            return engine.evaluate(lambda model: flow.losses(model, batch, batch.timestep_uniform, 0.0))
+            return engine.evaluate(lambda model: objective.losses(model, batch, 1000 * batch.timestep_uniform))
 
         found["own"] = evaluate()
         with base.replaced_weights(engine, averages.by_name()["ema_0.9"]):

@@ -1,0 +1,12 @@
+"""From a batch to the conditions that a model takes."""
+
+from torch import Tensor
+
+from megadit.data.batch import Batch
+from megadit.models import CONDITIONS
+
+
+def arguments(batch: Batch, family: str, condition_dropout: float) -> dict[str, Tensor]:
+    """Keyword arguments of the model: its conditions, and where they are dropped."""
+    conditions = {name: getattr(batch, name) for name in CONDITIONS[family]}
+    return conditions | {"dropped_B": batch.drop_uniform < condition_dropout}

@@ -1,0 +1,108 @@
+"""Diffusion with a learned variance: L_simple + L_vlb of IDDPM (arXiv 2102.09672), as DiT and PixArt-alpha train it.
+
+The network predicts two tensors: the noise, and v, which says where the log variance of the reverse step lies between
+its bounds. Timestep t here is t + 1 in the papers, as in the published code and in diffusers: 0 is the least noisy.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megadit.data.batch import Batch
+from megadit.objectives.conditioning import arguments
+from megadit.recipe import DDPMObjective, ModelConfig
+
+NUM_TIMESTEPS = 1000
+FIRST_BETA, LAST_BETA = 1e-4, 0.02  # linear between (arXiv 2006.11239, section 4)
+HALF_BIN = 1 / 255  # pixels have 256 values in [-1, 1]
+
+
+class DDPM:
+    """The objective `ddpm`. Tables over timesteps are computed in float64 and kept in float32."""
+
+    def __init__(self, objective: DDPMObjective, config: ModelConfig, device: torch.device) -> None:
+        self._condition_dropout = objective.condition_dropout
+        self._family = config.family
+        beta_T = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
+        alpha_T = 1 - beta_T
+        alpha_bar_T = alpha_T.cumprod(0)
+        alpha_bar_before_T = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar_T[:-1]])
+        posterior_variance_T = beta_T * (1 - alpha_bar_before_T) / (1 - alpha_bar_T)
+        posterior_variance_T[0] = posterior_variance_T[1]  # it is 0 there, and the network learns its logarithm
+
+        def table(values_T: Tensor) -> Tensor:
+            return values_T.to(device, torch.float32)
+
+        self._image_scale_T = table(alpha_bar_T.sqrt())
+        self._noise_scale_T = table((1 - alpha_bar_T).sqrt())
+        self._log_variance_T = table(posterior_variance_T.log())
+        self._log_variance_range_T = table(beta_T.log() - posterior_variance_T.log())
+        # An error of the predicted noise moves the mean of the reverse step by its square root (2006.11239, eq. 12).
+        self._mean_factor_T = table(beta_T.square() / (alpha_T * (1 - alpha_bar_T)))
+
+    def timesteps(self, uniform_B: Tensor) -> Tensor:
+        """Uniform over the whole numbers 0 to 999."""
+        return (NUM_TIMESTEPS * uniform_B).floor().clamp(max=NUM_TIMESTEPS - 1)
+
+    def timesteps_at(self, fraction_B: Tensor) -> Tensor:
+        return self.timesteps(fraction_B)
+
+    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
+        """Mean squared error of the noise plus the variational bound in bits per dimension.
+
+        The bound trains the variance alone: the predicted noise is detached in it. It has factor 1, as in the
+        published training of both models (their sum of all 1000 terms would have factor 1000).
+        """
+        step_B = timestep_B.long()
+        noisy = _gather(self._image_scale_T, step_B) * batch.images
+        noisy = noisy + _gather(self._noise_scale_T, step_B) * batch.noise
+        prediction = model(noisy, timestep_B, **arguments(batch, self._family, self._condition_dropout)).float()
+        noise, v = prediction.chunk(2, dim=1)
+        error = noise - batch.noise
+        bound = self._bound(error.detach(), v, batch.images, step_B) / math.log(2)
+        return (error.square() + bound).flatten(1).mean(1)
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.noise
+
+    def _bound(self, error: Tensor, v: Tensor, images: Tensor, step_B: Tensor) -> Tensor:
+        """The term of the variational bound at each timestep, in nats, for each element [B, C, H, W].
+
+        Args:
+            error: predicted minus true noise. Means enter through it: as differences of predictions of the
+                picture they would lose half of float32's digits at late timesteps.
+            v: -1 is the variance of the forward process's posterior, 1 its beta (2102.09672, eq. 15).
+        """
+        above = (
+            0.5 * (v + 1) * _gather(self._log_variance_range_T, step_B)
+        )  # log variance, counted from its lower bound
+        log_variance = _gather(self._log_variance_T, step_B) + above
+        squared_shift = _gather(self._mean_factor_T, step_B) * error.square()
+        divergence = 0.5 * (torch.expm1(-above) + above + squared_shift * torch.exp(-log_variance))
+        # Zero's mean is the predicted picture itself, off by noise_scale / image_scale times the noise's error.
+        offset = self._noise_scale_T[0] / self._image_scale_T[0] * error
+        likelihood = log_likelihood(images, offset, log_variance)
+        return torch.where(step_B.view(-1, 1, 1, 1) == 0, -likelihood, divergence)
+
+
+def log_likelihood(pixels: Tensor, offset: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability of each pixel's bin under a normal distribution (2006.11239, eq. 13), in nats.
+
+    The bins are 1/127.5 wide; those of the darkest and the brightest value reach to infinity. `offset` is pixel minus
+    mean. The integral is exact where the published code has an approximation and a floor of 1e-12. In latents bins mean
+    nothing, but the published training has them there too.
+    """
+    scale = torch.exp(-0.5 * log_variance)
+    # By symmetry, seen from the lower tail, where the distribution function keeps its digits.
+    near = torch.special.log_ndtr((HALF_BIN - offset.abs()) * scale)
+    far = torch.special.log_ndtr((-HALF_BIN - offset.abs()) * scale)
+    # (The floor is for a diverging variance: a bin that float32 cannot tell from nothing.)
+    inside = near + torch.log((-torch.expm1(far - near)).clamp(min=1e-12))
+    darkest = torch.special.log_ndtr((offset + HALF_BIN) * scale)
+    brightest = torch.special.log_ndtr((HALF_BIN - offset) * scale)
+    return torch.where(pixels < -0.999, darkest, torch.where(pixels > 0.999, brightest, inside))
+
+
+def _gather(table_T: Tensor, step_B: Tensor) -> Tensor:
+    return table_T[step_B].view(-1, 1, 1, 1)

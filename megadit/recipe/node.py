@@ -1,0 +1,29 @@
+"""What every level of the recipe is made of."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def parse_power(value: Any) -> Any:
+    """Read `2^-10` as 2.0 ** -10, so that recipes can state learning rates as the papers do."""
+    if isinstance(value, str):
+        if match := re.fullmatch(r"\s*([\d.]+)\s*(?:\^|\*\*)\s*([-+]?[\d.]+)\s*", value):
+            return float(match[1]) ** float(match[2])
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
+        except ValueError:
+            return value
+    return value
+
+
+Power = Annotated[float, BeforeValidator(parse_power)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Node(BaseModel):
+    """Base of every level of the tree: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,181 @@
+"""The recipe: one frozen tree, everything that a run is a function of."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megadit.recipe.models import ModelConfig
+from megadit.recipe.node import Fraction, Node, PositiveInt, Power
+
+
+class Parametrization(Node):
+    """How initialisation and learning rates depend on width."""
+
+    kind: Literal["mup", "sp"] = "mup"
+    base_shapes: str | None = None  # a .bsh file: a name in shapes/ or a path
+    base_width: PositiveInt | None = None  # or the width of the base model, built on the meta device
+    output_mult: Annotated[float, Field(gt=0)] = 1.0
+    # mup only: how the modulation starts. paper: as the hidden matrices that it is made of; zero: adaLN-Zero.
+    adaln_init: Literal["paper", "zero"] = "zero"
+    # mup only: the decay per step of hidden matrices, lr * weight decay, goes with m^-decay_exponent. 0 is microsoft/mup's
+    # rule, 1/2 that of arXiv 2510.15262, 1 that of arXiv 2512.05620.
+    decay_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
+    scale_eps: bool = False  # mup only: Adam's eps / m for hidden matrices, whose gradients shrink as 1/m
+
+    @model_validator(mode="after")
+    def _check(self) -> "Parametrization":
+        if self.kind == "mup" and (self.base_shapes is None) == (self.base_width is None):
+            raise ValueError("mup needs exactly one of base_shapes and base_width")
+        return self
+
+
+class FlowObjective(Node):
+    """Rectified flow with logit-normal timesteps (arXiv 2403.03206, section 3.1)."""
+
+    kind: Literal["flow"] = "flow"
+    logit_mean: float = 0.0
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    condition_dropout: Fraction = 0.1
+    num_loss_bins: PositiveInt = 4  # timestep bins whose losses are logged on their own
+    repa: "RepaLoss | None" = None
+
+
+class RepaLoss(Node):
+    """Alignment with a pretrained image encoder (arXiv 2410.06940); the model needs `model.repa`, too."""
+
+    weight: Annotated[Power, Field(ge=0)] = 0.5
+    encoder: str  # folder of a transformers DINOv2 model
+
+
+class DDPMObjective(Node):
+    """Noise prediction with a learned variance: L_simple + L_vlb (arXiv 2102.09672), 1000 steps, linear betas."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    condition_dropout: Fraction = 0.1
+    num_loss_bins: PositiveInt = 4
+
+
+Objective = Annotated[FlowObjective | DDPMObjective, Field(discriminator="kind")]
+
+
+class Data(Node):
+    """Where the packed samples lie and how they are dealt. What is dealt at a step depends on nothing else."""
+
+    url: str  # s3://bucket/prefix or file:///folder of a packed data set
+    validation_url: str | None = None
+    num_streams: PositiveInt = 4  # K: the number of ranks divides it, it divides the batch size
+    chunk_samples: PositiveInt = 8  # C: neighbours read by one Range GET
+    chunks_per_group: PositiveInt = 4  # G: chunks whose samples are shuffled together in memory
+    num_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes per rank; 0 decodes in the trainer
+
+
+class Optimizer(Node):
+    """AdamW; `lr` is the base learning rate, which the parametrization scales by role."""
+
+    lr: Annotated[Power, Field(gt=0)]
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[Power, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Power, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[Power, Field(gt=0)] | None = 1.0  # null: gradients are not clipped
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps, whatever the number of ranks
+    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
+
+
+class Training(Node):
+    """How long, how much at once, how precisely."""
+
+    num_images: PositiveInt
+    batch_size: PositiveInt  # samples of one optimizer step, over all ranks
+    micro_batch_size: PositiveInt | None = None  # samples of one forward pass on one rank; default: no accumulation
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, moments and reductions stay fp32
+    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)
+    log_every_steps: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _check(self) -> "Training":
+        if self.num_images % self.batch_size:
+            raise ValueError(f"num_images {self.num_images} must be a multiple of batch_size {self.batch_size}")
+        return self
+
+
+class Engine(Node):
+    """How the model is spread over processes; has no effect on the trajectory."""
+
+    kind: Literal["single", "fsdp", "zero3"] = "single"
+    num_ranks: PositiveInt = 1  # local processes that `megadit train` starts
+    reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
+
+
+class Checkpoints(Node):
+    every_images: PositiveInt
+    keep: PositiveInt = 2
+
+
+class Validation(Node):
+    every_images: PositiveInt
+    num_timesteps: PositiveInt = 8  # strata; every validation sample is scored at each
+    batch_size: PositiveInt = 64  # samples of one forward pass on one rank
+
+
+class Recipe(Node):
+    """The whole tree."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelConfig
+    parametrization: Parametrization
+    objective: Objective = FlowObjective()
+    data: Data
+    optimizer: Optimizer
+    training: Training
+    engine: Engine = Engine()
+    checkpoints: Checkpoints
+    validation: Validation | None = None
+    provenance: dict[str, Any] | None = (
+        None  # where transferred hyperparameters come from; `megadit transfer` writes it
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        batch, streams, ranks = self.training.batch_size, self.data.num_streams, self.engine.num_ranks
+        check_world_size(self, ranks)
+        if batch % streams:
+            raise ValueError(f"data.num_streams {streams} must divide training.batch_size {batch}")
+        if self.engine.kind == "single" and ranks != 1:
+            raise ValueError(f"engine.kind single runs on one rank, not {ranks}; use fsdp or zero3")
+        if self.validation and self.data.validation_url is None:
+            raise ValueError("validation needs data.validation_url")
+        _check_model_and_objective(self)
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        return self.training.num_images // self.training.batch_size
+
+
+def _check_model_and_objective(recipe: Recipe) -> None:
+    model, objective = recipe.model, recipe.objective
+    channels = 2 if objective.kind == "ddpm" else 1
+    if model.out_channels != channels * model.in_channels:
+        wanted = "needs a model with learn_sigma" if channels == 2 else "needs learn_sigma: false"
+        raise ValueError(f"objective.kind {objective.kind} {wanted} (family {model.family})")
+    has_head = model.family == "mmdit" and model.repa is not None
+    has_loss = objective.kind == "flow" and objective.repa is not None
+    if has_head != has_loss:
+        raise ValueError("model.repa (the head) and objective.repa (its loss) go together: state both or neither")
+
+
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """Raise ValueError unless `world_size` ranks can share the recipe's streams and micro-batches evenly."""
+    batch, streams = recipe.training.batch_size, recipe.data.num_streams
+    if streams % world_size:
+        divisors = [n for n in range(1, streams + 1) if streams % n == 0]
+        raise ValueError(
+            f"{world_size} ranks do not divide data.num_streams {streams}; possible numbers of ranks: {divisors}"
+        )
+    micro = recipe.training.micro_batch_size
+    if micro is not None and (batch // world_size) % micro:
+        raise ValueError(
+            f"training.micro_batch_size {micro} must divide the {batch // world_size} samples "
+            f"that each of {world_size} ranks takes of batch_size {batch}"
+        )

@@ -1,0 +1,71 @@
+"""One trial: an ordinary run of a recipe with overrides, in a process of its own.
+
+The process comes from a fork server that has the trainer imported already. It is in a session of its own (a terminal's
+Ctrl-C reaches it once, through the sweep), leaves a checkpoint when the sweep dies, and writes to RUN/log.txt.
+"""
+
+import fcntl
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+from megadit.launcher.failures import run_reporting
+from megadit.launcher.train import train
+
+LOG_NAME = "log.txt"
+_PRELOADED = ["megadit.training.trainer", "megadit.engines.fsdp", "megadit.tuning.trial"]
+_NOT_FINITE = re.compile(r"the gradient norm is (nan|inf)")
+
+
+def start(source: Path, overrides: Sequence[str], run: Path, environment: Mapping[str, str]) -> ForkServerProcess:
+    """Start `megadit train SOURCE OVERRIDES --run RUN` in a new process with `environment` in place of ours.
+
+    Its exit code is that of the command.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_main, args=(str(source), tuple(overrides), run, dict(environment)))
+    process.start()
+    return process
+
+
+def failure(run: Path) -> str:
+    """The error message that a failed trial ended with, or the last line of its log."""
+    lines = (run / LOG_NAME).read_text(errors="replace").splitlines()
+    return lines[-1].removeprefix("megadit: error: ") if lines else "ended without a message"
+
+
+def is_divergence(message: str) -> bool:
+    """Whether a trial failed by a gradient that was not finite: it learned too fast, and nothing else is wrong."""
+    return _NOT_FINITE.search(message) is not None
+
+
+def _main(source: str, overrides: Sequence[str], run: Path, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()  # the fork server keeps the environment of its own start
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    with (run / LOG_NAME).open("a") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
+    folder = os.open(run, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # a trial of a killed sweep may still be writing its checkpoint
+    run_reporting(lambda: sys.exit(train(source, overrides, run)))
+
+
+def _stop_with_the_sweep() -> None:
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os.kill(os.getpid(), signal.SIGTERM)
