@@ -22,6 +22,12 @@ COMMANDS = [
     "recipe show",
     "recipe list",
     "shapes make",
+    "coord-check",
+    "sweep",
+    "transfer",
+    "interop",
+    "interop load-published",
+    "interop export-diffusers",
 ]
 
 

@@ -167,6 +167,7 @@ class Index:
         """Write index.npz; equal indices give equal bytes."""
         buffer = io.BytesIO()
         members = {f"{name}.{kind}": getattr(self, name)[kind] for name in MEMBER_COLUMNS for kind in MEMBERS}
-        labels = {} if self.label is None else {"label": self.label}
-        np.savez(buffer, keys=self.keys, shard=self.shard, **members, **labels)
+        if self.label is not None:
+            members["label"] = self.label
+        np.savez(buffer, keys=self.keys, shard=self.shard, **members)
         return buffer.getvalue()

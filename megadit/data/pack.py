@@ -171,11 +171,13 @@ def _read_classes(source: CaptionedFolder, keys: Sequence[str], label: str | Non
     """The class of each picture, by key: a text in the field `label` of its metadata; empty without a label."""
     if label is None:
         return {}
-    classes = {key: source.metadata[key].get(label) for key in keys}
-    for key, name in classes.items():
-        if not isinstance(name, str):
-            known = ", ".join(field for field, value in source.metadata[key].items() if isinstance(value, str))
+    classes = {}
+    for key in keys:
+        record = source.metadata[key]
+        if not isinstance(record.get(label), str):
+            known = ", ".join(field for field, value in record.items() if isinstance(value, str))
             raise PackError(f"label {label!r}: the picture {key!r} has no text in that field; it has one in {known}")
+        classes[key] = record[label]
     return classes
 
 

@@ -16,6 +16,7 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     PixArtTransformer2DModel,
     SchedulerMixin,
     SD3Transformer2DModel,
@@ -24,16 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadit.interop.layouts import to_diffusers
+from megadit.interop.strict import load_strictly
 from megadit.models.layers import NORM_EPS, fixed_positions
 from megadit.recipe import DiTModel, MMDiTModel, ModelConfig, PixArtModel, Recipe
 
 logger = logging.getLogger(__name__)
 
 READOUTS = {"dit": "final_layer.linear", "pixart": "final_layer.linear", "mmdit": "readout"}
-Transformer = DiTTransformer2DModel | PixArtTransformer2DModel | SD3Transformer2DModel
 
 
-def peer(config: ModelConfig) -> Transformer:
+def peer(config: ModelConfig) -> ModelMixin:
     """The diffusers model of the same architecture and sizes, with random weights.
 
     Raises ValueError for a size that the class of diffusers cannot have. DiTTransformer2DModel has
@@ -89,9 +90,10 @@ def export(
 ) -> None:
     """Write a model as a folder of diffusers, fp32, the readout's multiplier folded into its weight.
 
-    For PixArt, `null_caption.safetensors` holds the null caption as `negative_prompt_embeds`: the pipeline would
-    otherwise encode an empty prompt, which the model was not trained with. SD3Transformer2DModel attends to padding,
-    so for captions of different lengths it equals our MMDiT only one caption at a time.
+    For PixArt, `null_caption.safetensors` holds the null caption as `negative_prompt_embeds`, to be passed with the
+    prompt's own mask as `negative_prompt_attention_mask`: the pipeline would otherwise encode an empty prompt, which
+    the model was not trained with. SD3Transformer2DModel has no mask: it equals our MMDiT for captions without padding,
+    and guidance in StableDiffusion3Pipeline, whose null caption is as long as the prompt, is not quite ours.
 
     Args:
         weights: state dict of our model; a REPA head is left out.
@@ -113,22 +115,14 @@ def export(
     transformer = peer(config)
     readout = f"{READOUTS[config.family]}.weight"
     folded = {**weights, readout: weights[readout] * multiplier}
-    _load(transformer, to_diffusers(config, folded))
+    fixed = {name: value for name, value in transformer.state_dict().items() if name == "pos_embed.pos_embed"}  # SD3's
+    load_strictly(transformer, fixed | to_diffusers(config, folded), "the state dict")
     transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_index(pipeline, transformer, scheduler), indent=2) + "\n")
     if isinstance(config, PixArtModel):
         null_caption = weights["y_embedder.y_embedding"][None].contiguous()
         save_file({"negative_prompt_embeds": null_caption}, folder / "null_caption.safetensors")
-
-
-def _load(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
-    try:
-        missing, unexpected = transformer.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not have the sizes of the recipe's model: {error}") from None
-    assert set(missing) <= {"pos_embed.pos_embed"}, missing  # SD3's table, which its constructor computes
-    assert not unexpected, unexpected
 
 
 def _scheduler_and_pipeline(recipe: Recipe) -> tuple[SchedulerMixin, str]:
@@ -145,7 +139,7 @@ def _scheduler_and_pipeline(recipe: Recipe) -> tuple[SchedulerMixin, str]:
             raise ValueError(f"diffusers has no pipeline for a {family} model trained with objective {kind}")
 
 
-def _index(pipeline: str, transformer: Transformer, scheduler: SchedulerMixin) -> dict[str, Any]:
+def _index(pipeline: str, transformer: ModelMixin, scheduler: SchedulerMixin) -> dict[str, Any]:
     others = {
         "DiTPipeline": {"vae": ["diffusers", "AutoencoderKL"]},
         "PixArtAlphaPipeline": {

@@ -4,12 +4,13 @@ A correspondence is a list of `Pair`s, one per tensor of ours. What each model c
 layouts differ in how projections are fused and in the order of features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megadit.interop.strict import name_problems
 from megadit.recipe import DiTModel, MMDiTModel, ModelConfig, PixArtModel
 
 # What diffusers computes itself or has no place for: fixed tables and the REPA head.
@@ -32,7 +33,7 @@ def to_diffusers(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, T
     Raises ValueError for tensors that are missing or that a model of this family does not have.
     """
     pairs = pairs_of(config)
-    _require_names({name for name in ours if not name.startswith(NOT_IN_DIFFUSERS)}, {pair.ours for pair in pairs})
+    _require({name for name in ours if not name.startswith(NOT_IN_DIFFUSERS)}, {pair.ours for pair in pairs})
     theirs: dict[str, Tensor] = {}
     for pair in pairs:
         theirs |= zip(pair.theirs, pair.to_theirs(ours[pair.ours]), strict=True)
@@ -46,7 +47,7 @@ def from_diffusers(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dict[st
     blocks do not share one timestep and label embedding.
     """
     pairs = pairs_of(config)
-    _require_names(theirs.keys() - {"pos_embed.pos_embed"}, {name for pair in pairs for name in pair.theirs})
+    _require(theirs.keys() - {"pos_embed.pos_embed"}, {name for pair in pairs for name in pair.theirs})
     return {pair.ours: pair.to_ours([theirs[name] for name in pair.theirs]) for pair in pairs}
 
 
@@ -186,12 +187,6 @@ def _the_same(copies: Sequence[Tensor]) -> Tensor:
     return copies[0]
 
 
-def _require_names(found: set[str], expected: set[str]) -> None:
-    """Raise ValueError that names the first tensors which are missing or unexpected."""
-    problems = [
-        f"{len(names)} tensors are {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", expected - found), ("unexpected", found - expected))
-        if names
-    ]
-    if problems:
-        raise ValueError("the weights are not those of the model: " + "; ".join(problems))
+def _require(found: Set[str], expected: Set[str]) -> None:
+    if problems := name_problems(found, expected):
+        raise ValueError(f"the weights are not those of the model: of its tensors, {'; '.join(problems)}")

@@ -43,7 +43,7 @@ class DDPM:
 
     def timesteps(self, uniform_B: Tensor) -> Tensor:
         """Uniform over the whole numbers 0 to 999."""
-        return (NUM_TIMESTEPS * uniform_B).floor().clamp(max=NUM_TIMESTEPS - 1)
+        return (NUM_TIMESTEPS * uniform_B).floor()
 
     def timesteps_at(self, fraction_B: Tensor) -> Tensor:
         return self.timesteps(fraction_B)

@@ -14,6 +14,7 @@ from torch import nn
 from megadit.models.layers import Readout
 from megadit.parametrization import base_shapes
 from megadit.parametrization.base_shapes import BaseShapes
+from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import rule_of, standard_deviation
 from megadit.parametrization.spec import ParamSpec, Role
 from megadit.recipe import Recipe
@@ -79,7 +80,7 @@ def to_rows(specs: Iterable[ParamSpec]) -> list[dict[str, Any]]:
 
 
 def format_table(specs: Sequence[ParamSpec]) -> str:
-    """The table as aligned text, with the number of parameters in the last line."""
+    """The table as aligned text; the last lines have the optimizer's groups and the number of parameters."""
     rows = [("name", "shape", "role", "m", "init", "multiplier", "lr", "weight decay")]
     for spec in specs:
         init = spec.init if spec.init in ("zero", "one") else f"{spec.init} {spec.init_std:.4g}"
@@ -96,10 +97,32 @@ def format_table(specs: Sequence[ParamSpec]) -> str:
                 f"{spec.weight_decay:.4g}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(math.prod(spec.shape) for spec in specs)
-    return "\n".join([*lines, f"{len(specs)} tensors, {total:,} parameters"])
+    return "\n".join([*_align(rows), "", *_align(_group_rows(specs)), f"{len(specs)} tensors, {_count(total)}"])
+
+
+def _group_rows(specs: Sequence[ParamSpec]) -> list[tuple[str, ...]]:
+    """One row for every group of the optimizer: what is trained alike."""
+    by_name = {spec.name: spec for spec in specs}
+    rows = [("lr", "weight decay", "eps", "tensors", "roles", "")]
+    for group in param_groups(specs):
+        members = [by_name[name] for name in group.names]
+        roles = ", ".join(dict.fromkeys(spec.role for spec in members))
+        count = _count(sum(math.prod(spec.shape) for spec in members))
+        rows.append(
+            (f"{group.lr:.4g}", f"{group.weight_decay:.4g}", f"{group.eps:.4g}", str(len(members)), roles, count)
+        )
+    return rows
+
+
+def _count(number: int) -> str:
+    rounded = f" ({number / 1e9:.1f}B)" if number >= 10**9 else f" ({number / 1e6:.1f}M)" if number >= 10**6 else ""
+    return f"{number:,} parameters{rounded}"
+
+
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _role(name: str, leaf: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:

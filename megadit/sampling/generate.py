@@ -1,18 +1,23 @@
 """From a run and prompts to a grid of images."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from megadit import models
 from megadit.data.batch import pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
-from megadit.recipe import MMDiTModel
-from megadit.sampling.flow import generate
+from megadit.randomness import Purpose, generator
+from megadit.recipe import Recipe
+from megadit.sampling import ddpm, flow
 from megadit.sampling.grid import draw_grid
+from megadit.sampling.guidance import guide
 from megadit.training import checkpoint, run_folder
 
 
@@ -29,24 +34,54 @@ def sample(
     """Sample one image per prompt with the weights of a run's newest whole checkpoint; write a labelled PNG grid.
 
     Args:
+        prompts: captions; for a class-conditional model the names of classes, or their numbers.
         ema: an average's name ("ema_0.999"), "weight" for the raw weights, None for the recipe's first average.
         encoder: the text encoder that the data was packed with, where its folder is another now.
 
     Raises:
-        ValueError: `run` is not a run, has no usable checkpoint or no such average; the encoder's weights are missing.
+        ValueError: `run` is not a run, has no usable checkpoint or no such average; the encoder's weights are missing;
+            there is no such class.
     """
     if not prompts:
         raise ValueError("nothing to sample: give at least one prompt")
-    model, config = load_model(run, ema)
-    tokens, lengths, pooled = pad_text(load_encoder(run, encoder).encode(list(prompts)))
-    text = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
-    images = generate(model, config, text, guidance_scale, num_steps, seed)
+    model, recipe = load_model(run, ema)
+    conditions = encode_prompts(run, recipe, prompts, encoder)
+    images = generate(model, recipe, conditions, guidance_scale, num_steps, seed)
     draw_grid(images, prompts, grid)
     return grid
 
 
-def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, MMDiTModel]:
-    """The model of a run with the weights of its newest whole checkpoint, fp32, for inference."""
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    recipe: Recipe,
+    conditions: Mapping[str, Tensor],
+    guidance_scale: float,
+    num_steps: int,
+    seed: int,
+) -> Tensor:
+    """Images [B, C, H, W] under B conditions, about in [-1, 1] (latents: in their units), on the conditions' device.
+
+    Image i depends on (seed, i) and its own condition alone. For `conditions` see `megadit.models.CONDITIONS`, for
+    `guidance_scale` see `guide`. Raises ValueError for a number of steps that cannot be.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    config, first = recipe.model, next(iter(conditions.values()))
+    shape = (config.in_channels, config.input_size, config.input_size)
+    noise = [
+        generator(seed, Purpose.SAMPLING_NOISE, number).standard_normal(shape, np.float32)
+        for number in range(len(first))
+    ]
+    x_BCHW = torch.from_numpy(np.stack(noise)).to(first.device)
+    predict = guide(model, conditions, guidance_scale, config.in_channels)
+    if recipe.objective.kind == "ddpm":
+        return ddpm.denoise(predict, x_BCHW, num_steps, seed)
+    return flow.integrate(predict, x_BCHW, num_steps)
+
+
+def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, Recipe]:
+    """The model of a run with the weights of its newest whole checkpoint, fp32, for inference; the run's recipe."""
     recipe = run_folder.load_recipe(run)
     path = checkpoint.newest_valid(run / "checkpoints")
     if path is None:
@@ -54,8 +89,33 @@ def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, MMDiTModel
     averages = checkpoint.read_header(path).averages
     model = models.build(recipe.model)
     set_multipliers(model, build_table(recipe))
-    model.load_state_dict(checkpoint.read_tensors(path, ema or next(iter(averages), "weight")))
-    return model.eval().requires_grad_(False), recipe.model
+    weights = checkpoint.read_tensors(path, ema or next(iter(averages), "weight"))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and not set(missing) & dict(model.named_parameters()).keys()  # tables are not in checkpoints
+    return model.eval().requires_grad_(False), recipe
+
+
+def encode_prompts(run: Path, recipe: Recipe, prompts: Sequence[str], encoder: str | None = None) -> dict[str, Tensor]:
+    """The conditions of a run's model for B prompts, by name; see `sample`."""
+    if recipe.model.family == "dit":
+        return {"labels": class_numbers(prompts, run_folder.load_manifest(run).labels)}
+    tokens, lengths, pooled = pad_text(load_encoder(run, encoder).encode(list(prompts)))
+    features = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
+    return {name: features[name] for name in models.CONDITIONS[recipe.model.family]}
+
+
+def class_numbers(prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
+    """The places of classes in `labels`, int64 [B], from their names or their numbers; ValueError for unknown ones."""
+    numbers = {str(number): number for number in range(len(labels))}
+    numbers |= {name: number for number, name in enumerate(labels)}  # a class may be called "7"
+    for prompt in prompts:
+        if prompt not in numbers:
+            nearest = difflib.get_close_matches(prompt, labels, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"no class {prompt!r}: did you mean {nearest!r}? "
+                f"Give the names of classes, or numbers from 0 to {len(labels) - 1}"
+            )
+    return torch.tensor([numbers[prompt] for prompt in prompts])
 
 
 def load_encoder(run: Path, name_or_path: str | None = None) -> TextEncoder:

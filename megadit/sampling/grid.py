@@ -14,7 +14,7 @@ CELL, LABEL, MARGIN = 128, 34, 8  # pixels
 
 
 def draw_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
-    """Write images [B, 3, H, W] in [-1, 1] with their labels as one PNG, about as wide as high."""
+    """Write images [B, 3, H, W] with their labels as one PNG, about as wide as high; black is -1, white 1."""
     if images.shape[1] != 3:
         raise ValueError(f"a grid shows pictures of 3 channels, not {images.shape[1]}: decode latents first")
     columns = math.ceil(math.sqrt(len(images)))
@@ -23,7 +23,7 @@ def draw_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
         "RGB", (columns * (CELL + MARGIN) + MARGIN, rows * (CELL + LABEL + MARGIN) + MARGIN), (255, 255, 255)
     )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    pixels = ((images.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+    pixels = ((images.permute(0, 2, 3, 1).clamp(-1, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
     for index, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
         left = MARGIN + index % columns * (CELL + MARGIN)
         top = MARGIN + index // columns * (CELL + LABEL + MARGIN)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from megadit.data.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines.base import sum_over_ranks
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, parse
 from megadit.training.ranks import process_group, rank, world_size
 from megadit.training.trainer import check_data_fits
 
@@ -55,11 +56,23 @@ class CoordCheck:
         slopes[~np.isfinite(means).all(axis=0)] = np.inf
         return slopes
 
+    def passes(self, band: float) -> bool:
+        """Whether no slope is outside [-band, band]."""
+        return not bool((np.abs(self.slopes()) > band).any())
+
     def worst(self) -> tuple[float, int, str]:
         """The slope that is furthest from 0, its step and its layer."""
         slopes = self.slopes()
         step, layer = np.unravel_index(np.nanargmax(np.abs(slopes)), slopes.shape)
         return float(slopes[step, layer]), int(step), self.layers[layer]
+
+
+def parse_widths(text: str) -> list[int]:
+    """`32,64` as [32, 64]. Raises ValueError for anything else."""
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise ValueError(f"widths {text!r} are not whole numbers with commas between, such as 32,64,128") from None
 
 
 def coord_check(recipe: Recipe, widths: Sequence[int], num_steps: int, num_seeds: int) -> CoordCheck:
@@ -84,33 +97,35 @@ def coord_check(recipe: Recipe, widths: Sequence[int], num_steps: int, num_seeds
 
 
 def _changed(recipe: Recipe, width: int, seed: int) -> Recipe:
-    tree = recipe.model_dump()
+    tree = recipe.model_dump(mode="json")
     tree["model"]["width"], tree["seed"] = width, seed
-    return Recipe.model_validate(tree)
+    return parse(tree, f"width {width}")
 
 
 def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     """Mean |activation| by layer, for each step."""
     engine = engines.build(recipe)
     objective = objectives.build(recipe, engine.device)
-    # The batch of the recipe's own seed: every width and seed sees the same pictures in the same order.
-    stream = Stream(recipe.data, 0, recipe.training.batch_size, rank(), world_size())
+    stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
     batches = stream.iterate(0)
     batch = next(batches).to(engine.device)
     batches.close()
     timestep_B = objective.timesteps(batch.timestep_uniform)
-
-    def losses(model: nn.Module, part: Batch, part_B: Tensor) -> Tensor:
-        return objective.losses(model, part, part_B)
 
     size = recipe.training.micro_batch_size or len(batch)
     parts = list(zip(batch.split(size), timestep_B.split(size), strict=True))
     steps = []
     for _ in range(num_steps):
         with _Recorder(engine.model) as recorder:
-            engine.train_step([lambda model, part=part: losses(model, *part) for part in parts], 1.0)
+            engine.train_step(
+                [partial(_loss, objective=objective, batch=part, timestep_B=part_B) for part, part_B in parts], 1.0
+            )
         steps.append(recorder.means())
     return steps
+
+
+def _loss(model: nn.Module, objective: objectives.Objective, batch: Batch, timestep_B: Tensor) -> Tensor:
+    return objective.losses(model, batch, timestep_B)
 
 
 class _Recorder(AbstractContextManager["_Recorder"]):

@@ -77,7 +77,8 @@ class FloatRange:
 
     def grid(self) -> tuple[str, ...]:
         raise ValueError(
-            f"{self.key}={self.low:g}..{self.high:g}: a grid needs a list (1,2,5), powers (2^-9..2^-5) or integers (0..2)"
+            f"{self.key}={self.low:g}..{self.high:g}: a grid needs a list (1,2,5), "
+            "powers (2^-9..2^-5) or integers (0..2)"
         )
 
     def at(self, uniform: float) -> str:
@@ -90,7 +91,7 @@ Point = tuple[str, ...]  # overrides of the recipe, one for each dimension
 
 
 def parse_space(texts: Sequence[str]) -> list[Dimension]:
-    """The dimensions of `KEY=VALUES` texts. Raises ValueError for one that is malformed or empty, or a key named twice."""
+    """The dimensions of `KEY=VALUES` texts. Raises ValueError for one that is malformed, empty, or there twice."""
     dimensions = [_parse_dimension(text) for text in texts]
     keys = [dimension.key for dimension in dimensions]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):

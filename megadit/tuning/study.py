@@ -32,8 +32,11 @@ from megadit.tuning.space import Point, trial_name
 
 FORMAT_VERSION = 1
 RECIPE_NAME, STUDY_NAME, STORAGE_NAME = "recipe.yaml", "study.yaml", "study.db"
+_STUDY_IN_STORAGE = "megadit"  # Optuna's name of the one study in the file
 _LOCK_SECONDS = 60  # how long SQLite waits for another process that writes
 _UNFINISHED = (TrialState.WAITING, TrialState.RUNNING)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every trial that it loads or adds
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Study:
         self.facts = _read_facts(folder)
         self.recipe = recipes.load(folder / RECIPE_NAME)
         self._storage = _open_storage(folder)
-        self._optuna = optuna.load_study(study_name=None, storage=self._storage)
+        self._optuna = optuna.load_study(study_name=_STUDY_IN_STORAGE, storage=self._storage)
         self._recipes: dict[Point, Recipe] = {}
 
     @property
@@ -107,18 +110,16 @@ class Study:
         """
         with _locked(self.folder):
             names = {self._identity(trial.overrides): trial.name for trial in self.trials()}
-            asked = []
+            bounds = self._bounds(points)
             for point in points:
-                identity = self._identity(point)
-                if identity not in names:
-                    names[identity] = self._add(point, taken=set(names.values()))
-                asked.append(names[identity])
+                if (identity := self._identity(point)) not in names:
+                    names[identity] = self._add(point, bounds, taken=set(names.values()))
             self.facts = _read_facts(self.folder)
             if search not in self.facts["searches"]:
                 self.facts["searches"].append(dict(search))
                 _write(self.folder / STUDY_NAME, yaml.safe_dump(self.facts, sort_keys=False))
         trials = {trial.name: trial for trial in self.trials()}
-        return [trials[name] for name in dict.fromkeys(asked)]
+        return [trials[name] for name in dict.fromkeys(names[self._identity(point)] for point in points)]
 
     def claim(self, trial: Trial) -> Claim | None:
         """Take the trial in hand; None when another process has it, or it is done."""
@@ -138,30 +139,37 @@ class Study:
     def is_done(self, trial: Trial) -> bool:
         return self._storage.get_trial(trial.id).state.is_finished()
 
-    def _add(self, point: Point, taken: set[str]) -> str:
+    def _add(self, point: Point, bounds: Mapping[str, BaseDistribution], taken: set[str]) -> str:
         name = trial_name(point)
         if name in taken:
             raise ValueError(f"{self.folder} has another trial named {name}; search this space in a study of its own")
-        params = {key: number for key, number in self._numbers(point).items() if number is not None}
-        distributions: dict[str, BaseDistribution] = {key: FloatDistribution(n, n) for key, n in params.items()}
-        attributes = {"name": name, "overrides": list(point)}
+        params = self._numbers(point)
         self._optuna.add_trial(
             create_trial(
-                state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=attributes
+                state=TrialState.WAITING,
+                params=params,
+                distributions={key: bounds[key] for key in params},
+                user_attrs={"name": name, "overrides": list(point)},
             )
         )
         return name
 
-    def _numbers(self, point: Point) -> dict[str, float | None]:
-        """The values of a point as numbers, None where one is not."""
-        tree = self._recipe(point).model_dump(mode="json")
-        numbers: dict[str, float | None] = {}
+    def _bounds(self, points: Sequence[Point]) -> dict[str, BaseDistribution]:
+        """For Optuna: the range of each key."""
+        values: dict[str, list[float]] = {}
+        for point in points:
+            for key, number in self._numbers(point).items():
+                values.setdefault(key, []).append(number)
+        return {key: FloatDistribution(min(numbers), max(numbers)) for key, numbers in values.items()}
+
+    def _numbers(self, point: Point) -> dict[str, float]:
+        """Those values of a point that are numbers: what Optuna can store and compare."""
+        numbers = {}
         for override in point:
             key = override.partition("=")[0]
-            value: Any = tree
-            for part in key.split("."):
-                value = value[part]
-            numbers[key] = float(value) if isinstance(value, int | float) else None
+            value = value_at(self._recipe(point), key)
+            if isinstance(value, int | float):
+                numbers[key] = float(value)
         return numbers
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
@@ -201,12 +209,27 @@ def open_or_create(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[s
         if (folder / STUDY_NAME).is_file():
             _check_same(folder, recipe, metric, data)
         else:
-            optuna.create_study(storage=_open_storage(folder), study_name="megadit", load_if_exists=True)
+            optuna.create_study(storage=_open_storage(folder), study_name=_STUDY_IN_STORAGE, load_if_exists=True)
             facts = {"version": FORMAT_VERSION, "metric": metric, "data": dict(data), "searches": []}
         _write(folder / RECIPE_NAME, recipes.dump(recipe))
         if not (folder / STUDY_NAME).is_file():
             _write(folder / STUDY_NAME, yaml.safe_dump(facts, sort_keys=False))
     return Study(folder)
+
+
+def count_states(trials: Sequence[Trial]) -> dict[str, int]:
+    """How many trials are finished, pruned and unfinished."""
+    finished = sum(trial.value is not None for trial in trials)
+    pruned = sum(trial.pruned is not None for trial in trials)
+    return {"finished": finished, "pruned": pruned, "unfinished": len(trials) - finished - pruned}
+
+
+def value_at(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key, as YAML has it."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _check_same(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[str, Any]) -> None:

@@ -22,7 +22,9 @@ from megadit.launcher.failures import run_reporting
 from megadit.launcher.train import train
 
 LOG_NAME = "log.txt"
-_PRELOADED = ["megadit.training.trainer", "megadit.engines.fsdp", "megadit.tuning.trial"]
+# torch._dynamo: torch imports it when the first optimizer is made, which takes as long as a short trial.
+_PRELOADED = ["megadit.training.trainer", "megadit.engines.fsdp", "megadit.tuning.trial", "torch._dynamo"]
+_ERROR = "megadit: error: "  # as launcher/failures.py reports it
 _NOT_FINITE = re.compile(r"the gradient norm is (nan|inf)")
 
 
@@ -38,10 +40,13 @@ def start(source: Path, overrides: Sequence[str], run: Path, environment: Mappin
     return process
 
 
-def failure(run: Path) -> str:
-    """The error message that a failed trial ended with, or the last line of its log."""
-    lines = (run / LOG_NAME).read_text(errors="replace").splitlines()
-    return lines[-1].removeprefix("megadit: error: ") if lines else "ended without a message"
+def failure(run: Path, exit_code: int) -> str:
+    """What a trial said that ended with another exit code than 0."""
+    if exit_code < 0:
+        hint = " (as the kernel does when memory runs out)" if -exit_code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-exit_code).name}{hint}"
+    said = [line for line in (run / LOG_NAME).read_text(errors="replace").splitlines() if line.startswith(_ERROR)]
+    return said[-1].removeprefix(_ERROR) if said else f"ended with exit code {exit_code}"
 
 
 def is_divergence(message: str) -> bool:
@@ -57,6 +62,7 @@ def _main(source: str, overrides: Sequence[str], run: Path, environment: Mapping
     with (run / LOG_NAME).open("a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+    sys.stdout.reconfigure(line_buffering=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     folder = os.open(run, os.O_RDONLY)

@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadit import models
-from megadit.models.bench import peer
+from megadit.interop.diffusers import peer
+from megadit.interop.layouts import to_diffusers
 from megadit.models.mmdit import MMDiT, patchify, unpatchify
 from megadit.recipe import MMDiTModel
 
@@ -45,53 +46,6 @@ def random_batch(config: MMDiTModel, batch: int, length: int) -> tuple[Tensor, T
         "pooled": torch.randn(batch, config.pooled_dim),
     }
     return x, 1000 * torch.rand(batch), conditions
-
-
-def to_diffusers(config: MMDiTModel, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict (or gradients) under the names and in the layout of SD3Transformer2DModel."""
-    p, C = config.patch_size, config.in_channels
-    theirs: dict[str, Tensor] = {}
-
-    def linear(target: str, source: str) -> None:
-        for leaf in ("weight", "bias"):
-            theirs[f"{target}.{leaf}"] = ours[f"{source}.{leaf}"]
-
-    def split(targets: list[str], source: str) -> None:
-        for leaf in ("weight", "bias"):
-            parts = ours[f"{source}.{leaf}"].chunk(len(targets))
-            theirs.update({f"{target}.{leaf}": part for target, part in zip(targets, parts, strict=True)})
-
-    def scale_first(target: str, source: str) -> None:
-        for leaf in ("weight", "bias"):
-            shift, scale = ours[f"{source}.{leaf}"].chunk(2)
-            theirs[f"{target}.{leaf}"] = torch.cat([scale, shift])
-
-    theirs["pos_embed.proj.weight"] = ours["patch_embed.weight"].unflatten(1, (C, p, p))
-    theirs["pos_embed.proj.bias"] = ours["patch_embed.bias"]
-    linear("context_embedder", "text_embed")
-    for target, source in (("timestep_embedder", "time_embed"), ("text_embedder", "pooled_embed")):
-        linear(f"time_text_embed.{target}.linear_1", f"{source}.fc1")
-        linear(f"time_text_embed.{target}.linear_2", f"{source}.fc2")
-    for index in range(config.depth):
-        block, ours_block = f"transformer_blocks.{index}", f"blocks.{index}"
-        last = index == config.depth - 1
-        linear(f"{block}.norm1.linear", f"{ours_block}.image.modulation")
-        (scale_first if last else linear)(f"{block}.norm1_context.linear", f"{ours_block}.text.modulation")
-        split([f"{block}.attn.to_{n}" for n in "qkv"], f"{ours_block}.image.qkv")
-        split([f"{block}.attn.add_{n}_proj" for n in "qkv"], f"{ours_block}.text.qkv")
-        for n in "qk":
-            theirs[f"{block}.attn.norm_{n}.weight"] = ours[f"{ours_block}.qk_norm.image_{n}"]
-            theirs[f"{block}.attn.norm_added_{n}.weight"] = ours[f"{ours_block}.qk_norm.text_{n}"]
-        streams = [("image", "attn.to_out.0", "ff")] + ([] if last else [("text", "attn.to_add_out", "ff_context")])
-        for stream, out, mlp in streams:
-            linear(f"{block}.{out}", f"{ours_block}.{stream}.proj")
-            linear(f"{block}.{mlp}.net.0.proj", f"{ours_block}.{stream}.mlp.fc1")
-            linear(f"{block}.{mlp}.net.2", f"{ours_block}.{stream}.mlp.fc2")
-    scale_first("norm_out.linear", "final_modulation")
-    for leaf in ("weight", "bias"):  # features (channel, row, column) become (row, column, channel)
-        value = ours[f"readout.{leaf}"].unflatten(0, (C, p, p))
-        theirs[f"proj_out.{leaf}"] = value.movedim(0, 2).flatten(0, 2)
-    return theirs
 
 
 def matching_pair(config: MMDiTModel) -> tuple[MMDiT, SD3Transformer2DModel]:

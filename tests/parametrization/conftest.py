@@ -9,6 +9,12 @@ import torch
 from megadit import recipe
 from megadit.recipe import Recipe
 
+CONDITIONS = {
+    "dit": {"num_classes": 7},
+    "pixart": {"text_dim": 12, "max_text_tokens": 5},
+    "mmdit": {"text_dim": 12, "pooled_dim": 10},
+}
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -18,22 +24,14 @@ def one_thread() -> None:
 
 @pytest.fixture
 def make_recipe() -> Callable[..., Recipe]:
-    """A small muP recipe with `key.sub=value` changes."""
+    """A small muP recipe of a family, with changed sections."""
 
-    def make(**sections: dict[str, Any]) -> Recipe:
+    def make(family: str = "mmdit", **sections: dict[str, Any]) -> Recipe:
+        sizes = {"input_size": 8, "in_channels": 3, "patch_size": 2, "width": 64, "depth": 2, "head_dim": 8}
         tree: dict[str, Any] = {
             "name": "small",
-            "model": {
-                "family": "mmdit",
-                "input_size": 8,
-                "in_channels": 3,
-                "patch_size": 2,
-                "width": 64,
-                "depth": 2,
-                "head_dim": 8,
-                "text_dim": 12,
-                "pooled_dim": 10,
-            },
+            "model": {"family": family} | sizes | CONDITIONS[family],
+            "objective": {"kind": "flow" if family == "mmdit" else "ddpm"},
             "parametrization": {"kind": "mup", "base_width": 16},
             "data": {"url": "file:///nowhere"},
             "optimizer": {"lr": 2.0**-6, "weight_decay": 0.1},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit import models
+from megadit.models.layers import Readout
 from megadit.parametrization import base_shapes
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value, initialise
@@ -27,8 +28,10 @@ def mup_model(recipe: Recipe) -> nn.Module:
 
     def build(width: int) -> nn.Module:
         model = models.build(base_shapes.at_width(recipe.model, width))
-        old = model.readout
-        model.readout = mup.MuReadout(old.in_features, old.out_features, output_mult=recipe.parametrization.output_mult)
+        for name, old in list(model.named_modules()):
+            if isinstance(old, Readout):
+                new = mup.MuReadout(old.in_features, old.out_features, output_mult=recipe.parametrization.output_mult)
+                model.set_submodule(name, new)
         return model
 
     width = recipe.parametrization.base_width
@@ -37,23 +40,51 @@ def mup_model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def mup_initialise(model: nn.Module, specs: Sequence[ParamSpec], recipe: Recipe) -> None:
-    """Draw weights by mup.init, with the standard deviation that each matrix has at base width."""
-    base = models.build(base_shapes.at_width(recipe.model, recipe.parametrization.base_width))
-    for spec in specs:
-        parameter = model.get_parameter(spec.name)
-        if spec.init in ("zero", "one"):
-            nn.init.constant_(parameter, float(spec.init == "one"))
-        else:
-            torch.manual_seed(named_generator(SEED, spec.name).initial_seed())
-            mup.init.normal_(parameter, std=base.get_parameter(spec.name).shape[1] ** -0.5)
+def mup_initialise(model: nn.Module, recipe: Recipe) -> None:
+    """Draw weights as the official code of arXiv 2505.15270 does: torch.nn.init for DiT, mup.init for PixArt.
+
+    Its adaLN is not zero; where the recipe's is, modulations and DiT's class embedding are as in adaLN-Zero.
+    """
+    draw = {"dit": draw_as_dit, "pixart": draw_as_pixart, "mmdit": draw_as_mmdit}[recipe.model.family]
+    for name, parameter in model.named_parameters():
+        torch.manual_seed(named_generator(SEED, name).initial_seed())
+        draw(name, parameter, recipe.parametrization.adaln_init == "zero")
+
+
+def draw_as_dit(name: str, parameter: nn.Parameter, zero: bool) -> None:
+    if name.endswith("bias") or name == "final_layer.linear.weight" or (zero and "adaLN" in name):
+        nn.init.zeros_(parameter)
+    elif "embedding_table" in name:
+        nn.init.normal_(parameter, std=0.02 if zero else 1.0)
+    else:
+        nn.init.kaiming_normal_(parameter, a=1)
+
+
+def draw_as_pixart(name: str, parameter: nn.Parameter, zero: bool) -> None:
+    if name.endswith("bias") or name == "final_layer.linear.weight" or "cross_attn.proj" in name:
+        nn.init.zeros_(parameter)
+    elif zero and ("t_block" in name or "scale_shift_table" in name):
+        nn.init.zeros_(parameter)
+    elif "t_embedder" in name or "t_block" in name or "y_proj" in name or "scale_shift_table" in name:
+        mup.init.normal_(parameter, std=0.02)
+    else:
+        mup.init.xavier_uniform_(parameter)
+
+
+def draw_as_mmdit(name: str, parameter: nn.Parameter, zero: bool) -> None:
+    if "qk_norm" in name:
+        nn.init.ones_(parameter)
+    elif name.endswith("bias") or name == "readout.weight" or (zero and "modulation" in name):
+        nn.init.zeros_(parameter)
+    else:
+        nn.init.kaiming_normal_(parameter, a=1)
 
 
 def differences(specs: Sequence[ParamSpec], recipe: Recipe) -> list[str]:
     """Everything in which a table differs from what microsoft/mup does with the same model; empty if nothing."""
     found = []
     model = mup_model(recipe)
-    mup_initialise(model, specs, recipe)
+    mup_initialise(model, recipe)
     optimizer = mup.MuAdamW(model.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -72,8 +103,9 @@ def differences(specs: Sequence[ParamSpec], recipe: Recipe) -> list[str]:
             "weight_decay": (spec.weight_decay, group["weight_decay"]),
             "eps": (spec.eps, group["eps"]),
         }
-        if isinstance(model.get_submodule(spec.name.rpartition(".")[0]), mup.MuReadout) and parameter.ndim == 2:
-            pairs["multiplier"] = (spec.multiplier, recipe.parametrization.output_mult / model.readout.width_mult())
+        owner = model.get_submodule(spec.name.rpartition(".")[0])
+        if isinstance(owner, mup.MuReadout) and parameter.ndim == 2:
+            pairs["multiplier"] = (spec.multiplier, recipe.parametrization.output_mult / owner.width_mult())
         elif spec.multiplier != 1:
             found.append(f"{spec.name}: multiplier {spec.multiplier}")
         found += [f"{spec.name}: {what} {a} != {b}" for what, (a, b) in pairs.items() if abs(a - b) > 1e-12 * abs(b)]
@@ -91,11 +123,13 @@ RECIPES = {
     "adaLN of the paper": {"parametrization": {"adaln_init": "paper"}},
     "output_mult": {"parametrization": {"output_mult": 4.0}},
 }
+FAMILIES = ["dit", "pixart", "mmdit"]
 
 
 @pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
-def test_table_equals_mup(make_recipe: MakeRecipe, changes: dict) -> None:
-    recipe = make_recipe(**changes)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_equals_mup(make_recipe: MakeRecipe, family: str, changes: dict) -> None:
+    recipe = make_recipe(family, **changes)
     assert differences(build_table(recipe), recipe) == []
 
 
@@ -111,18 +145,22 @@ BREAKAGES: dict[str, Callable[[ParamSpec], ParamSpec]] = {
     "hidden initialised as input": lambda s: (
         replace(s, init_std=s.init_std * s.width_mult**0.5) if s.role == "hidden" else s
     ),
+    "a table or embedding initialised as hidden": lambda s: (
+        replace(s, init_std=s.init_std * s.width_mult**-0.5) if "table" in s.name else s
+    ),
     "role of input and hidden swapped": lambda s: replace(
         s, role={"input": "hidden", "hidden": "input"}.get(s.role, s.role)
     ),
 }
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES.values(), ids=BREAKAGES)
-def test_the_comparison_finds_a_broken_table(
-    make_recipe: MakeRecipe, breakage: Callable[[ParamSpec], ParamSpec]
-) -> None:
-    recipe = make_recipe()
-    assert differences([breakage(spec) for spec in build_table(recipe)], recipe)
+BROKEN = [(f, b) for f in FAMILIES for b in BREAKAGES if not (f == "mmdit" and "table" in b)]  # it has no table
+
+
+@pytest.mark.parametrize(("family", "breakage"), BROKEN)
+def test_the_comparison_finds_a_broken_table(make_recipe: MakeRecipe, family: str, breakage: str) -> None:
+    recipe = make_recipe(family, parametrization={"adaln_init": "paper"})
+    assert differences([BREAKAGES[breakage](spec) for spec in build_table(recipe)], recipe)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> list[float]:
@@ -135,10 +173,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) ->
 
     losses = []
     for _ in range(10):
-        x, target = (random(4, config.in_channels, config.input_size, config.input_size) for _ in range(2))
+        x = random(4, config.in_channels, config.input_size, config.input_size)
+        target = random(4, config.out_channels, config.input_size, config.input_size)
         t = 1000 * torch.rand(4, generator=generator)
-        conditions = {"text": random(4, 5, config.text_dim), "pooled": random(4, config.pooled_dim)}
-        loss = (model(x, t, text_lengths=torch.tensor([1, 3, 5, 2]), **conditions) - target).square().mean()
+        if config.family == "dit":
+            conditions = {"labels": torch.randint(config.num_classes, (4,), generator=generator)}
+        else:
+            conditions = {"text": random(4, 5, config.text_dim), "text_lengths": torch.tensor([1, 3, 5, 2])}
+        if config.family == "mmdit":
+            conditions["pooled"] = random(4, config.pooled_dim)
+        prediction = model(x, t, dropped_B=torch.tensor([False, True, False, False]), **conditions)
+        loss = (prediction - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,32 +207,35 @@ def trained_as_ours(recipe: Recipe, specs: Sequence[ParamSpec]) -> tuple[list[fl
     return train(model, torch.optim.AdamW(groups), recipe), model
 
 
-def trained_by_mup(recipe: Recipe, specs: Sequence[ParamSpec]) -> tuple[list[float], nn.Module]:
+def trained_by_mup(recipe: Recipe) -> tuple[list[float], nn.Module]:
     model = mup_model(recipe)
-    mup_initialise(model, specs, recipe)
+    mup_initialise(model, recipe)
     model = model.double()
     optimizer = mup.MuAdamW(model.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
     return train(model, optimizer, recipe), model
 
 
 @pytest.mark.parametrize("adaln_init", ["zero", "paper"])
-def test_training_equals_mup_step_for_step(make_recipe: MakeRecipe, adaln_init: str) -> None:
-    recipe = make_recipe(parametrization={"adaln_init": adaln_init})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_equals_mup_step_for_step(make_recipe: MakeRecipe, family: str, adaln_init: str) -> None:
+    recipe = make_recipe(family, parametrization={"adaln_init": adaln_init})
     specs = build_table(recipe)
     losses, model = trained_as_ours(recipe, specs)
-    expected, oracle = trained_by_mup(recipe, specs)
+    expected, oracle = trained_by_mup(recipe)
     assert losses == pytest.approx(expected, rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, oracle.get_parameter(name), rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_training_finds_a_broken_table(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe()
-    specs = build_table(recipe)
-    broken = [BREAKAGES["hidden lr not divided"](spec) for spec in specs]
-    losses, _ = trained_as_ours(recipe, broken)
-    expected, _ = trained_by_mup(recipe, specs)
-    assert losses != pytest.approx(expected, rel=1e-4)
+SHOWN = ("hidden lr not divided", "readout multiplier 1", "a table or embedding initialised as hidden")
+
+
+@pytest.mark.parametrize(("family", "breakage"), [pair for pair in BROKEN if pair[1] in SHOWN])
+def test_training_finds_a_broken_table(make_recipe: MakeRecipe, family: str, breakage: str) -> None:
+    recipe = make_recipe(family, parametrization={"adaln_init": "paper"})
+    losses, _ = trained_as_ours(recipe, [BREAKAGES[breakage](spec) for spec in build_table(recipe)])
+    expected, _ = trained_by_mup(recipe)
+    assert losses != pytest.approx(expected, rel=1e-6)
 
 
 def test_mup_reads_our_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:

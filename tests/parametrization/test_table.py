@@ -192,10 +192,13 @@ def test_groups_partition_the_table(rows: list[tuple[float, float, float]]) -> N
 def test_printed_table_and_json(make_recipe: MakeRecipe) -> None:
     specs = build_table(make_recipe())
     lines = format_table(specs).splitlines()
-    assert len(lines) == len(specs) + 2
     assert lines[0].split() == ["name", "shape", "role", "m", "init", "multiplier", "lr", "weight", "decay"]
     readout = next(line for line in lines if line.startswith("readout.weight"))
     assert readout.split() == ["readout.weight", "12", "x", "64", "output", "4", "zero", "0.25", "0.01562", "0.1"]
+    assert [line.split()[0] for line in lines[1 : len(specs) + 1]] == [s.name for s in specs]
+    groups = [line.split() for line in lines[len(specs) + 3 : -1]]
+    assert [(group[0], group[1]) for group in groups] == [("0.01562", "0.1"), ("0.003906", "0.4")]
+    assert sum(int(group[3]) for group in groups) == len(specs)
     assert lines[-1] == f"{len(specs)} tensors, {sum(math.prod(s.shape) for s in specs):,} parameters"
     rows = json.loads(json.dumps(to_rows(specs)))
     assert [row["name"] for row in rows] == [s.name for s in specs]

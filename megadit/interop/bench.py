@@ -1,6 +1,6 @@
-"""Training speed of our MMDiT beside diffusers' SD3Transformer2DModel of the same sizes, on this machine, in one run.
+"""Training speed of a model beside diffusers' class of the same architecture and sizes, on this machine, in one run.
 
-`python -m megadit.models.bench [RECIPE] [--batch N] [--precision bf16|fp32]`. A step is forward,
+`python -m megadit.interop.bench [RECIPE] [--batch N] [--precision bf16|fp32]`. A step is forward,
 backward and AdamW on random data. Steps of the two models alternate, so that both see the same machine; the ratio is
 the median over the pairs.
 """
@@ -12,33 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from megadit import models, recipe
-from megadit.recipe import MMDiTModel
-
-
-def peer(config: MMDiTModel) -> SD3Transformer2DModel:
-    """The diffusers model of the same architecture and sizes."""
-    if config.mlp_ratio != 4:
-        raise ValueError(f"SD3Transformer2DModel has mlp_ratio 4, not {config.mlp_ratio}")
-    return SD3Transformer2DModel(
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.text_dim,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_dim,
-        pos_embed_max_size=config.input_size // config.patch_size,
-        qk_norm="rms_norm",
-    )
+from megadit.interop.diffusers import peer
+from megadit.recipe import ModelConfig
 
 
 def training_step(
@@ -71,37 +52,56 @@ def time_pairs(ours: Callable[[], None], theirs: Callable[[], None], num_pairs: 
     return pairs[2:]
 
 
-def compare(config: MMDiTModel, batch: int, num_text_tokens: int, precision: str, num_pairs: int) -> str:
+def compare(config: ModelConfig, batch: int, num_text_tokens: int, precision: str, num_pairs: int) -> str:
     """The table that the command prints."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     ours, theirs = models.build(config).to(device), peer(config).to(device)
-    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device)
-    timestep = 1000 * torch.rand(batch, device=device)
-    text = torch.randn(batch, num_text_tokens, config.text_dim, device=device)
-    pooled = torch.randn(batch, config.pooled_dim, device=device)
-    lengths = torch.arange(batch, device=device) % num_text_tokens + 1  # ours masks; diffusers attends to the padding
+    our_inputs, their_inputs = _inputs(config, batch, num_text_tokens, device)
 
     def context() -> AbstractContextManager[None]:
         return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     pairs = time_pairs(
-        training_step(ours, lambda: ours(x, timestep, text=text, text_lengths=lengths, pooled=pooled), context()),
-        training_step(theirs, lambda: theirs(x, text, pooled, timestep, return_dict=False)[0], context()),
+        training_step(ours, lambda: ours(**our_inputs), context()),
+        training_step(theirs, lambda: theirs(**their_inputs, return_dict=False)[0], context()),
         num_pairs,
     )
-    rows = [("megadit MMDiT", ours, 0), ("diffusers SD3Transformer2DModel", theirs, 1)]
+    rows = [(f"megadit {type(ours).__name__}", ours, 0), (f"diffusers {type(theirs).__name__}", theirs, 1)]
     lines = [
         f"{config.depth} blocks of width {config.width}, {num_text_tokens} text tokens, batch {batch}, {precision}, "
         f"median of {num_pairs} training steps, torch {torch.__version__}, {_machine(device)}",
-        f"{'model':<34}{'parameters':>14}{'ms/step':>10}",
+        f"{'model':<36}{'parameters':>14}{'ms/step':>10}",
     ]
     for name, model, column in rows:
         milliseconds = 1000 * statistics.median(pair[column] for pair in pairs)
-        lines.append(f"{name:<34}{sum(p.numel() for p in model.parameters()):>14,}{milliseconds:>10.1f}")
+        lines.append(f"{name:<36}{sum(p.numel() for p in model.parameters()):>14,}{milliseconds:>10.1f}")
     ratio = statistics.median(slow / fast for fast, slow in pairs)
     lines.append(f"megadit takes {ratio:.2f} steps in the time of one of diffusers")
     return "\n".join(lines)
+
+
+def _inputs(
+    config: ModelConfig, batch: int, num_text_tokens: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Random arguments of our model and of diffusers'. Captions are of many lengths; SD3's class has no mask for them."""
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device)
+    timestep = 1000 * torch.rand(batch, device=device)
+    ours: dict[str, Any] = {"x_BCHW": x, "timestep_B": timestep}
+    theirs: dict[str, Any] = {"hidden_states": x, "timestep": timestep}
+    if config.family == "dit":
+        labels = torch.randint(config.num_classes, (batch,), device=device)
+        return ours | {"labels": labels}, theirs | {"class_labels": labels}
+    text = torch.randn(batch, num_text_tokens, config.text_dim, device=device)
+    lengths = torch.arange(batch, device=device) % num_text_tokens + 1
+    ours |= {"text": text, "text_lengths": lengths}
+    theirs["encoder_hidden_states"] = text
+    if config.family == "pixart":
+        mask = torch.arange(num_text_tokens, device=device) < lengths[:, None]
+        size = {"resolution": None, "aspect_ratio": None}
+        return ours, theirs | {"encoder_attention_mask": mask, "added_cond_kwargs": size}
+    pooled = torch.randn(batch, config.pooled_dim, device=device)
+    return ours | {"pooled": pooled}, theirs | {"pooled_projections": pooled}
 
 
 def _synchronize() -> None:
@@ -117,7 +117,7 @@ def _machine(device: torch.device) -> str:
 
 def main() -> int:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m megadit.models.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megadit.interop.bench", description=__doc__)
     parser.add_argument("recipe", nargs="?", default="quickstart", help="name or path of a recipe")
     parser.add_argument("--batch", type=int, help="samples of a step (default: the recipe's batch on one rank)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: the recipe's")

@@ -1,0 +1,69 @@
+"""What `megadit interop` does: a published checkpoint becomes a model folder, a model becomes a folder of diffusers.
+
+A model folder has recipe.yaml and model.safetensors: the weights in our names, fp32, without readout multipliers,
+which follow from the recipe.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from megadit import models, recipe as recipes
+from megadit.interop.diffusers import READOUTS, export
+from megadit.interop.published import Kind, load_published, read_published
+from megadit.interop.strict import load_strictly
+from megadit.models.layers import Readout
+from megadit.parametrization.initialisation import set_multipliers
+from megadit.parametrization.table import build_table
+from megadit.recipe import Recipe
+from megadit.sampling.generate import load_model
+from megadit.training import run_folder
+
+WEIGHTS = "model.safetensors"
+
+
+def load_published_command(
+    recipe_name: str, checkpoint: Path, out: Path, overrides: Iterable[str] = (), prefer: Kind = "ema"
+) -> None:
+    """Write a published checkpoint of DiT or PixArt-alpha as a model folder.
+
+    Raises ValueError where the checkpoint is not one of the recipe's model.
+    """
+    recipe = recipes.load(recipe_name, overrides)
+    if recipe.model.family == "mmdit":
+        raise ValueError("there are no published checkpoints of our MMDiT: the recipe must have a dit or pixart model")
+    model = models.build(recipe.model)
+    load_published(model, checkpoint, prefer)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(recipes.dump(recipe))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS)
+
+
+def export_command(source: Path, out: Path, ema: str | None = None, allow_timestep_mismatch: bool = False) -> None:
+    """Write the model of a run (its newest whole checkpoint) or of a model folder as a folder of diffusers.
+
+    Args:
+        ema: for a run, as in `megadit sample`: an average's name, "weight" for the raw weights, None for the first.
+        allow_timestep_mismatch: see `megadit.interop.diffusers.export`.
+
+    Raises:
+        ValueError: `source` is neither, or diffusers has no class or pipeline for the model.
+    """
+    model, recipe = _load(source, ema)
+    readout = model.get_submodule(READOUTS[recipe.model.family])
+    assert isinstance(readout, Readout), type(readout)
+    export(recipe, model.state_dict(), readout.multiplier, out, allow_timestep_mismatch)
+
+
+def _load(source: Path, ema: str | None) -> tuple[nn.Module, Recipe]:
+    if not (source / WEIGHTS).is_file():
+        return load_model(source, ema)
+    if ema is not None:
+        raise ValueError(f"{source} is a model folder, which has no averages to choose from: leave out {ema!r}")
+    recipe = run_folder.load_recipe(source)
+    model = models.build(recipe.model)
+    set_multipliers(model, build_table(recipe))
+    load_strictly(model, read_published(source / WEIGHTS), str(source / WEIGHTS))
+    return model, recipe

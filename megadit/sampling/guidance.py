@@ -1,0 +1,34 @@
+"""Classifier-free guidance (arXiv 2207.12598): what a sampler sees of a model and its conditions."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], timestep [], in [0, 1000]) -> prediction, fp32
+
+
+def guide(model: nn.Module, conditions: Mapping[str, Tensor], guidance_scale: float, num_channels: int) -> Predict:
+    """The model's prediction under B conditions, pushed away from the one with the conditions dropped.
+
+    Guided are the first `num_channels` channels, the input's: all of them, as in PixArt-alpha and in diffusers. (DiT's
+    published sampling guides three of four latent channels.) A learned variance, in the channels after them, is that
+    of the conditional model.
+
+    Args:
+        guidance_scale: 1 is the conditional model alone, 0 the unconditional one (2207.12598, whose w is scale - 1).
+    """
+    both = {name: torch.cat([value, value]) for name, value in conditions.items()}
+
+    def predict(x_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        B = len(x_BCHW)
+        timestep_B = timestep.to(x_BCHW.device, torch.float32).expand(B)
+        if guidance_scale == 1:
+            return model(x_BCHW, timestep_B, **conditions).float()
+        dropped_2B = torch.arange(2 * B, device=x_BCHW.device) >= B
+        predictions = model(x_BCHW.repeat(2, 1, 1, 1), timestep_B.repeat(2), **both, dropped_B=dropped_2B).float()
+        conditional, unconditional = predictions.chunk(2)
+        guided = torch.lerp(unconditional[:, :num_channels], conditional[:, :num_channels], guidance_scale)
+        return torch.cat([guided, conditional[:, num_channels:]], dim=1)
+
+    return predict

@@ -1,0 +1,70 @@
+"""Loss against learning rate as a picture: one panel for each study, one line for each width."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from megadit.tuning.optimum import LrCurve, find_optimum
+
+LOSS_LABELS = {"training": "mean training loss of the last fifth of the steps", "validation": "validation loss"}
+
+
+def draw(panels: Mapping[str, Sequence[LrCurve]], metric: str, out: Path) -> None:
+    """Draw the curves of each panel, by title, to a PNG file.
+
+    Lines are means over seeds, dots single trials, a star is the optimum (filled where a parabola was fitted), a cross
+    at the top a learning rate at which a trial diverged.
+    """
+    figure = Figure(figsize=(1.2 + 4.8 * len(panels), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    widths = sorted({curve.width for curves in panels.values() for curve in curves})
+    shades = mpl.colormaps["viridis"].resampled(max(2, len(widths) + 1))
+    colours = {width: shades(index) for index, width in enumerate(widths)}
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        _draw_panel(axes, curves, colours)
+        axes.set_title(title)
+        axes.set_xlabel("log2 of the base learning rate")
+    all_axes[0].set_ylabel(LOSS_LABELS[metric])
+    all_axes[0].legend(handles=_legend(colours), fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130, format="png")
+
+
+def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, tuple[float, ...]]) -> None:
+    axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    for index, curve in enumerate(curves):
+        colour, optimum = colours[curve.width], find_optimum(curve)
+        axes.plot(curve.log2_lr_L, curve.mean_L, color=colour)
+        for trial in curve.all_trials:
+            log2_lr = math.log2(trial.recipe.optimizer.lr)
+            if trial.value is not None:
+                axes.plot(log2_lr, trial.value, ".", color=colour, alpha=0.5)
+            elif trial.pruned:  # a row of crosses for each width, below each other
+                axes.plot(log2_lr, 0.98 - 0.03 * index, "x", color=colour, transform=axes.get_xaxis_transform())
+        axes.plot(
+            optimum.estimate,
+            optimum.loss,
+            marker="*",
+            markersize=14,
+            color=colour,
+            markerfacecolor=colour if optimum.fitted is not None else "white",
+        )
+
+
+def _legend(colours: Mapping[int, tuple[float, ...]]) -> list[Line2D]:
+    lines = [Line2D([], [], color=colour, marker=".", label=f"width {width}") for width, colour in colours.items()]
+    star = Line2D([], [], color="black", marker="*", markersize=10, linestyle="", label="best")
+    cross = Line2D([], [], color="black", marker="x", linestyle="", label="diverged")
+    return [*lines, star, cross]
