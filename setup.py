@@ -36,6 +36,7 @@ setup(
         "diffusers>=0.40",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "optuna>=4.0",
         "pillow>=11",
         "psutil>=5.9",
         "pydantic>=2.9",

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megadit.data.local_s3 import LocalS3
+from megadit.data.manifest import Manifest
 from megadit.data.pack import pack
 from megadit.data.sources import open_source
 from megadit.data.text_encoder import TextEncoder
@@ -24,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of every process started from here: ranks
 torch.set_num_threads(1)
 
 SELECTION = ("group=animals-nature", "skin_tone=false")
-PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3}
+PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3, "label": "subgroup"}
 WORKERS = Path(__file__).parent / "workers"
 RANK_SECONDS = 120
 _numbers = itertools.count()
@@ -74,7 +75,9 @@ def tiny_yaml(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
     path.write_text(f"""\
 name: tiny
-model: {{family: mmdit, input_size: 16, in_channels: 3, patch_size: 4, width: 64, depth: 2, head_dim: 16, text_dim: 384, pooled_dim: 384}}
+model:
+  {{family: mmdit, input_size: 16, in_channels: 3, patch_size: 4, width: 64, depth: 2, head_dim: 16,
+    text_dim: 384, pooled_dim: 384}}
 parametrization: {{kind: mup, base_width: 32}}
 objective: {{kind: flow, condition_dropout: 0.25}}
 data: {{url: "file://{packed}/train", validation_url: "file://{packed}/validation", num_streams: 4}}
@@ -90,6 +93,25 @@ validation: {{every_images: 320, num_timesteps: 2}}
 def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
     """The tiny recipe with overrides."""
     return lambda *overrides: load(tiny_yaml, overrides)
+
+
+@pytest.fixture(scope="session")
+def twin(packed: Path) -> Callable[..., Recipe]:
+    """A shipped recipe of CPU size (`dit-xl2-mup-cpu`, ...) on the packed data, with overrides."""
+    manifest = Manifest.load(f"{packed}/train")
+    data = [
+        f"data.url={packed}/train",
+        f"data.validation_url={packed}/validation",
+        "data.chunk_samples=8",
+        "data.chunks_per_group=2",
+    ]
+    sizes = [f"model.input_size={manifest.image.size}", "model.patch_size=4"]
+
+    def make(name: str, *overrides: str) -> Recipe:
+        classes = [f"model.num_classes={len(manifest.labels)}"] if name.startswith("dit") else []
+        return load(name, [*data, *sizes, *classes, *overrides])
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def compare(config: ModelConfig, batch: int, num_text_tokens: int, precision: st
 def _inputs(
     config: ModelConfig, batch: int, num_text_tokens: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random arguments of our model and of diffusers'. Captions are of many lengths; SD3's class has no mask for them."""
+    """Random arguments of our model and of diffusers'. Captions are of many lengths, which SD3's class cannot mask."""
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device)
     timestep = 1000 * torch.rand(batch, device=device)
     ours: dict[str, Any] = {"x_BCHW": x, "timestep_B": timestep}

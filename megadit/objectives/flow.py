@@ -1,4 +1,4 @@
-"""Rectified flow: predict the velocity noise - image on the straight path between them (arXiv 2403.03206, section 2)."""
+"""Rectified flow: predict the velocity noise - image on the straight path (arXiv 2403.03206, section 2)."""
 
 import torch
 from torch import Tensor, nn

@@ -4,8 +4,8 @@ RULES has the tables of the official code of arXiv 2505.15270 (ML-GSAI/Scaling-D
 DiT/models_mup.py and DiT/models.py, PixArt from PixArt-alpha/.../PixArt.py with mup_init on and off. MMDiT, whose code
 was not released, has the rules of DiT.
 
-A rule gives sigma, the standard deviation at base width; fans are those of the base model. Under muP a hidden matrix gets
-sigma / sqrt(m), everything else sigma. Without base shapes the base model is the model, and m is 1.
+A rule gives sigma, the standard deviation at base width; fans are those of the base model. Under muP a hidden matrix
+gets sigma / sqrt(m), everything else sigma. Without base shapes the base model is the model, and m is 1.
 """
 
 import math

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# By which dimensions are widths: none, all but the fan-in (tables and embeddings too), fan-out and fan-in; "output" is the
-# weight of a Readout, "vector" everything one-dimensional.
+# By which dimensions are widths: none, the fan-out alone (and the rows of tables and embeddings), fan-out and fan-in;
+# "output" is the weight of a Readout, "vector" everything one-dimensional.
 Role = Literal["finite", "input", "hidden", "output", "vector"]
 InitKind = Literal["normal", "uniform", "zero", "one"]
 

@@ -19,7 +19,6 @@ from megadit.parametrization.initialisation import rule_of, standard_deviation
 from megadit.parametrization.spec import ParamSpec, Role
 from megadit.recipe import Recipe
 
-
 TABLES = ("scale_shift_table",)  # names of parameters that are tables: rows of width
 
 
@@ -104,7 +103,7 @@ def format_table(specs: Sequence[ParamSpec]) -> str:
 def _group_rows(specs: Sequence[ParamSpec]) -> list[tuple[str, ...]]:
     """One row for every group of the optimizer: what is trained alike."""
     by_name = {spec.name: spec for spec in specs}
-    rows = [("lr", "weight decay", "eps", "tensors", "roles", "")]
+    rows: list[tuple[str, ...]] = [("lr", "weight decay", "eps", "tensors", "roles", "")]
     for group in param_groups(specs):
         members = [by_name[name] for name in group.names]
         roles = ", ".join(dict.fromkeys(spec.role for spec in members))

@@ -17,8 +17,8 @@ class Parametrization(Node):
     output_mult: Annotated[float, Field(gt=0)] = 1.0
     # mup only: how the modulation starts. paper: as the hidden matrices that it is made of; zero: adaLN-Zero.
     adaln_init: Literal["paper", "zero"] = "zero"
-    # mup only: the decay per step of hidden matrices, lr * weight decay, goes with m^-decay_exponent. 0 is microsoft/mup's
-    # rule, 1/2 that of arXiv 2510.15262, 1 that of arXiv 2512.05620.
+    # mup only: the decay per step of hidden matrices, lr * weight decay, goes with m^-decay_exponent. 0 is the rule of
+    # microsoft/mup, 1/2 that of arXiv 2510.15262, 1 that of arXiv 2512.05620.
     decay_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
     scale_eps: bool = False  # mup only: Adam's eps / m for hidden matrices, whose gradients shrink as 1/m
 

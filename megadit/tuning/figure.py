@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
@@ -16,8 +17,8 @@ from megadit.tuning.optimum import LrCurve, find_optimum
 LOSS_LABELS = {"training": "mean training loss of the last fifth of the steps", "validation": "validation loss"}
 
 
-def draw(panels: Mapping[str, Sequence[LrCurve]], metric: str, out: Path) -> None:
-    """Draw the curves of each panel, by title, to a PNG file.
+def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path) -> None:
+    """Draw panels, each a title and its curves, to a PNG file.
 
     Lines are means over seeds, dots single trials, a star is the optimum (filled where a parabola was fitted), a cross
     at the top a learning rate at which a trial diverged.
@@ -25,10 +26,10 @@ def draw(panels: Mapping[str, Sequence[LrCurve]], metric: str, out: Path) -> Non
     figure = Figure(figsize=(1.2 + 4.8 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    widths = sorted({curve.width for curves in panels.values() for curve in curves})
+    widths = sorted({curve.width for _, curves in panels for curve in curves})
     shades = mpl.colormaps["viridis"].resampled(max(2, len(widths) + 1))
-    colours = {width: shades(index) for index, width in enumerate(widths)}
-    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+    colours = {width: to_hex(shades(index)) for index, width in enumerate(widths)}
+    for axes, (title, curves) in zip(all_axes, panels, strict=True):
         _draw_panel(axes, curves, colours)
         axes.set_title(title)
         axes.set_xlabel("log2 of the base learning rate")
@@ -38,7 +39,7 @@ def draw(panels: Mapping[str, Sequence[LrCurve]], metric: str, out: Path) -> Non
     figure.savefig(out, dpi=130, format="png")
 
 
-def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, tuple[float, ...]]) -> None:
+def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, str]) -> None:
     axes.set_yscale("log")
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter(ScalarFormatter())
@@ -63,7 +64,7 @@ def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, tup
         )
 
 
-def _legend(colours: Mapping[int, tuple[float, ...]]) -> list[Line2D]:
+def _legend(colours: Mapping[int, str]) -> list[Line2D]:
     lines = [Line2D([], [], color=colour, marker=".", label=f"width {width}") for width, colour in colours.items()]
     star = Line2D([], [], color="black", marker="*", markersize=10, linestyle="", label="best")
     cross = Line2D([], [], color="black", marker="x", linestyle="", label="diverged")

@@ -206,13 +206,13 @@ def open_or_create(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[s
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        if (folder / STUDY_NAME).is_file():
+        exists = (folder / STUDY_NAME).is_file()
+        if exists:
             _check_same(folder, recipe, metric, data)
-        else:
-            optuna.create_study(storage=_open_storage(folder), study_name=_STUDY_IN_STORAGE, load_if_exists=True)
-            facts = {"version": FORMAT_VERSION, "metric": metric, "data": dict(data), "searches": []}
         _write(folder / RECIPE_NAME, recipes.dump(recipe))
-        if not (folder / STUDY_NAME).is_file():
+        if not exists:
+            optuna.create_study(storage=_open_storage(folder), study_name=_STUDY_IN_STORAGE, load_if_exists=True)
+            facts: dict[str, Any] = {"version": FORMAT_VERSION, "metric": metric, "data": dict(data), "searches": []}
             _write(folder / STUDY_NAME, yaml.safe_dump(facts, sort_keys=False))
     return Study(folder)
 

@@ -58,7 +58,7 @@ def transfer(
     curves = [read_curves(study) for study in studies]
     report = [format_report(study, found) for study, found in zip(studies, curves, strict=True)]
     if figure_path is not None:
-        panels = {title(study): found for study, found in zip(studies, curves, strict=True)}
+        panels = [(title(study), found) for study, found in zip(studies, curves, strict=True)]
         figure.draw(panels, studies[0].metric, figure_path)
     if target is not None and out is not None:
         report.append(_write_target(studies[0], curves[0][-1], target, out, allow))
@@ -113,18 +113,17 @@ def _check(
 ) -> list[str]:
     """Differences that are worth saying. Raises ValueError for those that no hyperparameter survives."""
     differences = recipes.differences(studied, target)
+    same_base_shapes = _have_same_base_shapes(studied, target)
     differing = {
         key: f"{key} is {ours!r} in the study and {theirs!r} in the target"
         for key, (ours, theirs) in differences.items()
-        if key not in (*tuned, *_BASE_SHAPES)
+        if key not in tuned and not (same_base_shapes and key in _BASE_SHAPES)
     }
     refused = {key: said for key, said in differing.items() if not _is_in(key, _MAY_DIFFER)}
     if studied.parametrization.kind == "sp":
         refused["parametrization.kind"] = (
             "parametrization.kind is sp in the study: its best learning rate moves with width"
         )
-    elif target.parametrization.kind == "mup" and (said := _compare_base_shapes(studied, target)):
-        refused["parametrization.base_shapes"] = said
     if optimum.kind == "edge":
         refused["optimizer.lr"] = (
             f"optimizer.lr: the best, {power(optimum.best)}, is at the end of those tried, so the minimum may lie "
@@ -139,16 +138,11 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _compare_base_shapes(studied: Recipe, target: Recipe) -> str | None:
-    """How the base shapes differ, by the parameters that both models have; None where they do not."""
-    ours, theirs = base_shapes.of_recipe(studied), base_shapes.of_recipe(target)
-    for name in ours:
-        if name in theirs and ours[name] != theirs[name]:
-            return (
-                f"parametrization.base_shapes: {name} is {list(ours[name])} at base width in the study and "
-                f"{list(theirs[name])} in the target"
-            )
-    return None
+def _have_same_base_shapes(studied: Recipe, target: Recipe) -> bool:
+    """Whether both have one base model, though one may state its width and the other a file."""
+    if "sp" in (studied.parametrization.kind, target.parametrization.kind):
+        return False
+    return base_shapes.of_recipe(studied) == base_shapes.of_recipe(target)
 
 
 def _findings(study: Study, optimum: Optimum, best: Trial) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -33,11 +33,16 @@ def start(source: Path, overrides: Sequence[str], run: Path, environment: Mappin
 
     Its exit code is that of the command.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_main, args=(str(source), tuple(overrides), run, dict(environment)))
+    process = fork_server().Process(target=_main, args=(str(source), tuple(overrides), run, dict(environment)))
     process.start()
     return process
+
+
+def fork_server() -> ForkServerContext:
+    """Where processes come from that have the trainer imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def failure(run: Path, exit_code: int) -> str:
@@ -60,9 +65,9 @@ def _main(source: str, overrides: Sequence[str], run: Path, environment: Mapping
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     with (run / LOG_NAME).open("a") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    sys.stdout.reconfigure(line_buffering=True)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)  # by lines: in the log, an error comes after what led to it
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     folder = os.open(run, os.O_RDONLY)

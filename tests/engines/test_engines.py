@@ -1,6 +1,8 @@
 """Each engine against a plain model trained with torch's own AdamW, clip_grad_norm_ and AveragedModel."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,25 +13,47 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from megadit import models, objectives
 from megadit.data.stream import Stream
 from megadit.parametrization.groups import param_groups
-from megadit.parametrization.initialisation import initial_value, set_multipliers
+from megadit.parametrization.initialisation import initialise
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 
 LR_FACTORS = [1.0, 0.5, 0.25]
-SETTINGS = ("optimizer.max_grad_norm=0.25", "optimizer.lr=2^-9", "optimizer.weight_decay=0.1", "optimizer.eps=1e-6")
+SETTINGS = ("optimizer.max_grad_norm=0.1", "optimizer.lr=2^-9", "optimizer.weight_decay=0.1", "optimizer.eps=1e-6")
 ENGINES = {
     "single": ["engine.kind=single"],
     "fsdp": ["engine.kind=fsdp", "engine.num_ranks=2"],
     "fsdp, kept gathered": ["engine.kind=fsdp", "engine.num_ranks=2", "engine.reshard_after_forward=false"],
     "zero3": ["engine.kind=zero3", "engine.num_ranks=2"],
 }
+TWINS = {"dit": "dit-mup-search-cpu", "pixart": "pixart-mup-proxy-cpu"}
+SMALL = (
+    "parametrization.base_width=32",
+    "training.batch_size=16",
+    "training.num_images=64",
+    "training.ema_rates=[0.9]",
+)
+CASES = [("mmdit", engine) for engine in ENGINES] + [(f, engine) for f in TWINS for engine in ("fsdp", "zero3")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe without and with an engine."""
+
+    plain: Recipe
+    recipe: Recipe
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
+def case(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Recipe], twin: Callable[..., Recipe]) -> Case:
+    family, engine = request.param
+    make = tiny_recipe if family == "mmdit" else partial(twin, TWINS[family], *SMALL)
+    return Case(make(*SETTINGS), make(*SETTINGS, *ENGINES[engine]))
 
 
 def plain_model(recipe: Recipe) -> nn.Module:
     specs = build_table(recipe)
     model = models.build(recipe.model)
-    model.load_state_dict({spec.name: initial_value(spec, recipe.seed) for spec in specs})
-    set_multipliers(model, specs)
+    initialise(model, specs, recipe.seed)
     return model
 
 
@@ -43,9 +67,9 @@ def plain_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_recipe: Callable[..., Recipe]) -> dict[str, Any]:
+def expected(case: Case) -> dict[str, Any]:
     """What tests/workers/engine.py does, with a plain model."""
-    recipe = tiny_recipe(*SETTINGS)
+    recipe = case.plain
     model = plain_model(recipe)
     optimizer = plain_optimizer(model, recipe)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -78,11 +102,10 @@ def expected(tiny_recipe: Callable[..., Recipe]) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def ranks(request: pytest.FixtureRequest, run_ranks: Callable, tiny_recipe: Callable[..., Recipe]) -> list[Any]:
+@pytest.fixture(scope="module")
+def ranks(case: Case, run_ranks: Callable) -> list[Any]:
     """What each rank of an engine found."""
-    recipe = tiny_recipe(*SETTINGS, *ENGINES[request.param])
-    return run_ranks("engine.py", recipe.engine.num_ranks, recipe=recipe, lr_factors=LR_FACTORS)
+    return run_ranks("engine.py", case.recipe.engine.num_ranks, recipe=case.recipe, lr_factors=LR_FACTORS)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
@@ -114,8 +137,8 @@ def test_initial_weights_are_those_of_the_table(ranks: list[Any], expected: dict
         assert torch.equal(found[name], values), name
 
 
-def test_optimizer_groups_are_those_of_the_table(ranks: list[Any], tiny_recipe: Callable[..., Recipe]) -> None:
-    recipe = tiny_recipe(*SETTINGS)
+def test_optimizer_groups_are_those_of_the_table(ranks: list[Any], case: Case) -> None:
+    recipe = case.plain
     groups = param_groups(build_table(recipe))
     assert len({group.lr for group in groups}) > 1
     for rank in ranks:

@@ -61,11 +61,11 @@ def draw_as_dit(name: str, parameter: nn.Parameter, zero: bool) -> None:
 
 
 def draw_as_pixart(name: str, parameter: nn.Parameter, zero: bool) -> None:
-    if name.endswith("bias") or name == "final_layer.linear.weight" or "cross_attn.proj" in name:
+    is_modulation = "t_block" in name or "scale_shift_table" in name
+    starts_at_zero = name.endswith("bias") or name == "final_layer.linear.weight" or "cross_attn.proj" in name
+    if starts_at_zero or (zero and is_modulation):
         nn.init.zeros_(parameter)
-    elif zero and ("t_block" in name or "scale_shift_table" in name):
-        nn.init.zeros_(parameter)
-    elif "t_embedder" in name or "t_block" in name or "y_proj" in name or "scale_shift_table" in name:
+    elif is_modulation or "t_embedder" in name or "y_proj" in name:
         mup.init.normal_(parameter, std=0.02)
     else:
         mup.init.xavier_uniform_(parameter)

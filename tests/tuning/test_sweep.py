@@ -2,13 +2,11 @@
 
 import json
 import math
-import multiprocessing
 import re
 import runpy
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ from megadit.recipe import Recipe
 from megadit.training import run_folder, trainer
 from megadit.tuning.study import Study, Trial
 from megadit.tuning.sweep import sweep
+from megadit.tuning.trial import fork_server
 
 SHORT = ("validation=null", "training.num_images=96")  # as in conftest.py
 SPACE = ("model.width=32,64", "optimizer.lr=2^-7,2^8")
-NUM_STEPS = 120  # enough to catch a sweep at them
+NUM_STEPS = 40  # enough to catch a sweep at them
 LONG = ("validation=null", f"training.num_images={16 * NUM_STEPS}")
 WORKER = Path(__file__).parents[1] / "workers" / "sweep.py"
 SECONDS = 60
@@ -105,9 +104,8 @@ def test_finished_runs_are_values_without_training(
 
 def start(*arguments: Any, **settings: Any) -> BaseProcess:
     """A sweep in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
     given = {"arguments": arguments, "settings": settings}
-    process = context.Process(target=runpy.run_path, args=(str(WORKER), given))
+    process = fork_server().Process(target=runpy.run_path, args=(str(WORKER), given))
     process.start()
     return process
 
@@ -128,29 +126,33 @@ def check_steps(run: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 
 
-def test_a_sweep_takes_up_the_trial_of_one_that_was_killed(
+def test_sweeps_share_the_trials_of_a_study(
+    tiny_yaml: Path, tmp_path: Path, num_starts: Callable[[Path], dict[str, int]]
+) -> None:
+    arguments = (str(tiny_yaml), tmp_path / "study", ["seed=0,1,2"], SHORT)
+    other = start(*arguments)
+    wait_for(lambda: bool(num_starts(tmp_path / "study")))  # it is at the first
+    assert sweep(*arguments) == 0
+    other.join(SECONDS)
+    assert other.exitcode == 0
+    assert num_starts(tmp_path / "study") == {f"seed={seed}": 1 for seed in range(3)}
+    assert all(trial.value is not None for trial in Study(tmp_path / "study").trials())
+
+
+def test_the_trial_of_a_sweep_that_was_killed_is_taken_up(
     tiny_yaml: Path, tmp_path: Path, num_starts: Callable[[Path], dict[str, int]]
 ) -> None:
     folder = tmp_path / "study"
-    arguments = (str(tiny_yaml), folder, ["model.width=32", "seed=0,1"], LONG)
-    first, second = (folder / "trials" / f"width=32,seed={seed}" for seed in range(2))
-    other = start(*arguments)
-    wait_for(lambda: has_steps(first, 3))
-
-    def kill_when_both_are_at_work() -> None:
-        wait_for(lambda: has_steps(second, 3))
-        assert not has_steps(first, NUM_STEPS), "the first trial was over before its sweep could be killed"
-        other.kill()
-
-    with ThreadPoolExecutor(1) as pool:
-        killing = pool.submit(kill_when_both_are_at_work)
-        assert sweep(*arguments) == 0
-        killing.result()
-    assert [trial.value is not None for trial in Study(folder).trials()] == [True] * 2
-    assert num_starts(folder) == {first.name: 2, second.name: 1}
-    assert "resumed from" in (first / "log.txt").read_text()
-    check_steps(first)
-    check_steps(second)
+    arguments = (str(tiny_yaml), folder, ["model.width=32"], LONG)
+    run = folder / "trials" / "width=32"
+    killed = start(*arguments)
+    wait_for(lambda: has_steps(run, 3))
+    killed.kill()
+    assert sweep(*arguments) == 0
+    assert num_starts(folder) == {run.name: 2}
+    assert "resumed from" in (run / "log.txt").read_text()  # the trial outlived its sweep for a checkpoint
+    check_steps(run)
+    assert [trial.value for trial in Study(folder).trials()] == [pytest.approx(math.fsum(losses(run)[-8:]) / 8)]
 
 
 def test_an_interrupted_sweep_leaves_checkpoints_and_resumes(
