@@ -96,8 +96,11 @@ def sample(
     encoder: Annotated[
         str | None, typer.Option(help="Folder of the text encoder that the data was packed with, unless it is minilm.")
     ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Folder of the autoencoder (AutoencoderKL of diffusers) of a model of latents.")
+    ] = None,
 ) -> None:
-    """Draw pictures for prompts with a trained model.
+    """Draw pictures for prompts with a trained model. The prompts of a class-conditional one are names of its classes.
 
     \b
     Examples:
@@ -109,7 +112,7 @@ def sample(
         raise ValueError("nothing to draw: give --prompt or --prompt-file")
     from megadit.sampling.generate import sample as generate
 
-    generate(run, prompts, grid, ema, guidance_scale, steps, seed, encoder)
+    generate(run, prompts, grid, ema, guidance_scale, steps, seed, encoder, vae)
     print(f"wrote {grid}")
 
 

@@ -30,6 +30,7 @@ class RecipeError(ValueError):
 # Keys that may change between a run and its continuation: they have no effect on the trajectory.
 FREE_KEYS = (
     "engine",
+    "provenance",
     "checkpoints",
     "data.url",
     "data.validation_url",

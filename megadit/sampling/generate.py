@@ -16,6 +16,7 @@ from megadit.parametrization.table import build_table
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Recipe
 from megadit.sampling import ddpm, flow
+from megadit.sampling.autoencoder import Autoencoder
 from megadit.sampling.grid import draw_grid
 from megadit.sampling.guidance import guide
 from megadit.training import checkpoint, run_folder
@@ -30,6 +31,7 @@ def sample(
     num_steps: int = 25,
     seed: int = 0,
     encoder: str | None = None,
+    vae: str | None = None,
 ) -> Path:
     """Sample one image per prompt with the weights of a run's newest whole checkpoint; write a labelled PNG grid.
 
@@ -37,17 +39,23 @@ def sample(
         prompts: captions; for a class-conditional model the names of classes, or their numbers.
         ema: an average's name ("ema_0.999"), "weight" for the raw weights, None for the recipe's first average.
         encoder: the text encoder that the data was packed with, where its folder is another now.
+        vae: folder of the autoencoder of a model that makes latents.
 
     Raises:
-        ValueError: `run` is not a run, has no usable checkpoint or no such average; the encoder's weights are missing;
-            there is no such class.
+        ValueError: `run` is not a run, has no usable checkpoint or no such average; the weights of the encoder or the
+            autoencoder are missing or others than the model's; there is no such class.
     """
     if not prompts:
         raise ValueError("nothing to sample: give at least one prompt")
     model, recipe = load_model(run, ema)
+    decoder = Autoencoder.load(vae, recipe.model) if vae is not None else None
+    if decoder is None and recipe.model.in_channels != 3:
+        raise ValueError(
+            f"the model makes latents of {recipe.model.in_channels} channels: give the autoencoder's folder"
+        )
     conditions = encode_prompts(run, recipe, prompts, encoder)
     images = generate(model, recipe, conditions, guidance_scale, num_steps, seed)
-    draw_grid(images, prompts, grid)
+    draw_grid(decoder.decode(images) if decoder else images, prompts, grid)
     return grid
 
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import re
 import runpy
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,25 @@ def check_steps(run: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 
 
+def test_a_trial_is_in_one_hand(swept: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(swept, tmp_path / "study")
+    ours, theirs = Study(folder), Study(folder)
+    ours.add([("seed=1",)], {})
+    trial = theirs.trials()[-1]
+    assert trial.name == "seed=1"
+    claim = ours.claim(trial)
+    assert claim is not None
+    assert theirs.claim(trial) is None
+    claim.release()
+    claim = theirs.claim(trial)
+    assert claim is not None
+    claim.finish(0.5)
+    claim.release()
+    assert ours.claim(trial) is None
+    assert ours.is_done(trial)
+
+
+@pytest.mark.slow
 def test_sweeps_share_the_trials_of_a_study(
     tiny_yaml: Path, tmp_path: Path, num_starts: Callable[[Path], dict[str, int]]
 ) -> None:
@@ -161,11 +183,18 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_resumes(
     folder = tmp_path / "study"
     arguments = (str(tiny_yaml), folder, ["model.width=32"], LONG)
     run = folder / "trials" / "width=32"
-    interrupted = start(*arguments)
-    wait_for(lambda: has_steps(run, 3))
-    interrupted.terminate()
-    interrupted.join(SECONDS)
-    assert interrupted.exitcode == 75
+
+    def interrupt() -> None:
+        wait_for(lambda: has_steps(run, 3))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the sweep be over before the signal
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(interrupt)
+            assert sweep(*arguments) == 75
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     assert list((run / "checkpoints").iterdir())
     assert not Study(folder).trials()[0].done
     assert sweep(*arguments) == 0
