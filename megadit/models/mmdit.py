@@ -18,6 +18,7 @@ from megadit.models.layers import (
     Readout,
     grid_positions,
     modulate,
+    require_image_shape,
     timestep_sinusoid,
 )
 from megadit.recipe import MMDiTModel
@@ -63,9 +64,7 @@ class MMDiT(nn.Module):
         dtype of the weights. Raises ValueError for an image of another size than the recipe's.
         """
         config = self.config
-        if x_BCHW.shape[1:] != (config.in_channels, config.input_size, config.input_size):
-            expected = f"[B, {config.in_channels}, {config.input_size}, {config.input_size}]"
-            raise ValueError(f"the model takes images of shape {expected}, not {list(x_BCHW.shape)}")
+        require_image_shape(x_BCHW, config)
         dtype = self.patch_embed.weight.dtype
         side = config.input_size // config.patch_size
         num_image_tokens = side * side

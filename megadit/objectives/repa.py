@@ -50,8 +50,8 @@ class Alignment:
     def losses(self, features_BTF: Tensor, images_BCHW: Tensor) -> Tensor:
         """Minus the mean cosine between predicted and true features of each picture in [-1, 1], fp32 [B].
 
-        A prediction shorter than LEAST_LENGTH counts as if it had that length. A head that starts at zero, as it does
-        under muP, would otherwise get a gradient without bound, which Adam's second moment remembers for long.
+        A prediction shorter than LEAST_LENGTH counts as if it had that length: the gradient of a cosine has no bound at
+        zero, and Adam's second moment would remember it for long.
         """
         predicted_BTF = features_BTF.float()
         length_BT1 = torch.linalg.vector_norm(predicted_BTF, dim=2, keepdim=True)

@@ -14,14 +14,15 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from megadit.tuning.optimum import LrCurve, find_optimum
 
+TOP = 2.0  # of the loss axis, in units of the smallest loss: what is above has not learned
 LOSS_LABELS = {"training": "mean training loss of the last fifth of the steps", "validation": "validation loss"}
 
 
 def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path) -> None:
     """Draw panels, each a title and its curves, to a PNG file.
 
-    Lines are means over seeds, dots single trials, a star is the optimum (filled where a parabola was fitted), a cross
-    at the top a learning rate at which a trial diverged.
+    Lines are means over seeds, dots single trials, a star is the optimum (filled where a parabola was fitted). At the
+    top, a cross is a trial that diverged, a triangle one whose loss is over twice the smallest: off the scale.
     """
     figure = Figure(figsize=(1.2 + 4.8 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,8 +30,11 @@ def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path
     widths = sorted({curve.width for _, curves in panels for curve in curves})
     shades = mpl.colormaps["viridis"].resampled(max(2, len(widths) + 1))
     colours = {width: to_hex(shades(index)) for index, width in enumerate(widths)}
+    lowest = min(curve.loss_SL.min() for _, curves in panels for curve in curves)
+    all_axes[0].set_yscale("log")
+    all_axes[0].set_ylim(0.95 * lowest, TOP * lowest)
     for axes, (title, curves) in zip(all_axes, panels, strict=True):
-        _draw_panel(axes, curves, colours)
+        _draw_panel(axes, curves, colours, TOP * lowest)
         axes.set_title(title)
         axes.set_xlabel("log2 of the base learning rate")
     all_axes[0].set_ylabel(LOSS_LABELS[metric])
@@ -39,8 +43,7 @@ def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path
     figure.savefig(out, dpi=130, format="png")
 
 
-def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, str]) -> None:
-    axes.set_yscale("log")
+def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, str], top: float) -> None:
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter(ScalarFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -50,10 +53,12 @@ def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, str
         axes.plot(curve.log2_lr_L, curve.mean_L, color=colour)
         for trial in curve.all_trials:
             log2_lr = math.log2(trial.recipe.optimizer.lr)
-            if trial.value is not None:
+            if trial.value is not None and trial.value <= top:
                 axes.plot(log2_lr, trial.value, ".", color=colour, alpha=0.5)
-            elif trial.pruned:  # a row of crosses for each width, below each other
-                axes.plot(log2_lr, 0.98 - 0.03 * index, "x", color=colour, transform=axes.get_xaxis_transform())
+            elif trial.value is not None or trial.pruned:  # a row for each width, below each other
+                marker = "x" if trial.value is None else "^"
+                height = 0.98 - 0.03 * index
+                axes.plot(log2_lr, height, marker, markersize=5, color=colour, transform=axes.get_xaxis_transform())
         axes.plot(
             optimum.estimate,
             optimum.loss,
@@ -68,4 +73,5 @@ def _legend(colours: Mapping[int, str]) -> list[Line2D]:
     lines = [Line2D([], [], color=colour, marker=".", label=f"width {width}") for width, colour in colours.items()]
     star = Line2D([], [], color="black", marker="*", markersize=10, linestyle="", label="best")
     cross = Line2D([], [], color="black", marker="x", linestyle="", label="diverged")
-    return [*lines, star, cross]
+    triangle = Line2D([], [], color="black", marker="^", markersize=5, linestyle="", label="off the scale")
+    return [*lines, star, cross, triangle]
