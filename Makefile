@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SHELL := /bin/bash
+PARALLEL := -n 2 --dist loadfile  # files of tests side by side; fixtures of a file are made once
 
 # The repository root must stay off sys.path: its folders (kernels, eval, ...) are imported as megadit.kernels, ...
 export PYTHONSAFEPATH := 1
@@ -18,10 +19,10 @@ quickstart: $(VENV)/megadit.stamp
 	@$(BIN)/megadit quickstart
 
 test: $(VENV)/tools.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 slow: $(VENV)/tools.stamp
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest $(PARALLEL) -m "slow or not slow"
 
 # mypy cannot follow the folder mapping of setup.py, so it checks a built tree.
 lint: $(VENV)/tools.stamp

@@ -99,6 +99,7 @@ def transfer(
     figure: Annotated[
         Path | None, typer.Option(help="PNG file: loss against learning rate at each width, a panel for each study.")
     ] = None,
+    table: Annotated[Path | None, typer.Option(help="CSV file: every trial with its loss.")] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="Let the target differ from the study in KEY all the same; repeatable."),
@@ -116,4 +117,4 @@ def transfer(
     """
     from megadit.tuning.transfer import transfer as report_and_write
 
-    print(report_and_write(studies, to, out, figure_path=figure, allow=allow or []))
+    print(report_and_write(studies, to, out, figure_path=figure, table_path=table, allow=allow or []))

@@ -26,7 +26,7 @@ def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path
     """
     figure = Figure(figsize=(1.2 + 4.8 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     widths = sorted({curve.width for _, curves in panels for curve in curves})
     shades = mpl.colormaps["viridis"].resampled(max(2, len(widths) + 1))
     colours = {width: to_hex(shades(index)) for index, width in enumerate(widths)}

@@ -1,6 +1,8 @@
 """What a study found, in words: the best learning rate at each width, and whether it stays the same."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,21 @@ def format_report(study: Study, curves: Sequence[LrCurve]) -> str:
         columns = f"{curve.width:>6}  {power(optimum.best):>8}  {_minimum(optimum):>18}  {optimum.loss:>7.4f}  {note}"
         lines.append(columns.rstrip())
     return "\n".join([*lines, *(_verdict(curves, optima) if len(curves) > 1 else [])])
+
+
+def write_table(studies: Sequence[Study], path: Path) -> None:
+    """Every trial that is done as a line of a CSV file: what it varied, its value or why it was pruned."""
+    keys = sorted({override.partition("=")[0] for study in studies for t in study.trials() for override in t.overrides})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["study", *keys, f"{studies[0].metric} loss", "pruned at step"])
+        for study in studies:
+            for trial in filter(lambda trial: trial.done, study.trials()):
+                stated = dict(override.split("=", 1) for override in trial.overrides)
+                value = "" if trial.value is None else f"{trial.value:.6g}"
+                step = "" if trial.pruned is None else trial.pruned.step
+                table.writerow([study.folder.name, *(stated.get(key, "") for key in keys), value, step])
 
 
 def title(study: Study) -> str:

@@ -21,7 +21,7 @@ from megadit.recipe import ModelConfig, Recipe
 from megadit.tuning import figure
 from megadit.tuning.curve import Curve
 from megadit.tuning.optimum import TUNED, LrCurve, Optimum, find_optimum, read_curves
-from megadit.tuning.report import format_report, power, title
+from megadit.tuning.report import format_report, power, title, write_table
 from megadit.tuning.study import Study, Trial, count_states, value_at
 
 # Keys and sections in which a target may differ from the study, and of these what is worth saying.
@@ -39,12 +39,14 @@ def transfer(
     out: Path | None = None,
     *,
     figure_path: Path | None = None,
+    table_path: Path | None = None,
     allow: Sequence[str] = (),
 ) -> str:
     """Report on the studies in `folders`; write the recipe `target`, tuned as the first of them found best, to `out`.
 
     The report has for each study a table of widths with their best learning rates, and says whether these stay.
-    `figure_path` gets one panel for each study. `allow` names keys in which the target may differ all the same.
+    `figure_path` gets one panel for each study, `table_path` one line for each trial. `allow` names keys in which the
+    target may differ all the same.
 
     Raises ValueError for a folder without a study or without finished trials, for a target that differs from the study
     in something that does not transfer, and where the best learning rate is at the end of those tried (unless
@@ -60,6 +62,8 @@ def transfer(
     if figure_path is not None:
         panels = [(title(study), found) for study, found in zip(studies, curves, strict=True)]
         figure.draw(panels, studies[0].metric, figure_path)
+    if table_path is not None:
+        write_table(studies, table_path)
     if target is not None and out is not None:
         report.append(_write_target(studies[0], curves[0][-1], target, out, allow))
     return "\n\n".join(report)

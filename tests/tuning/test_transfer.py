@@ -1,5 +1,6 @@
 """From studies to a report, a figure and a target recipe with its provenance; what is no transfer is refused."""
 
+import csv
 import hashlib
 import math
 import re
@@ -134,6 +135,18 @@ def test_the_report(study: Path, make_study: Callable[..., Path]) -> None:
         "over widths 32 to 128 the best rate moves by 2 octave(s) on the grid, by 2.00 between the fitted minima",
         "at 2^-6, the best of width 32, wider is not always better: 0.0320, 0.1640, 0.5280",
     ]
+
+
+def test_the_table_has_every_trial(study: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "trials.csv"
+    transfer([study, study], table_path=path)
+    rows = list(csv.DictReader(path.open()))
+    trials = [trial for trial in Study(study).trials() if trial.done]
+    assert len(rows) == 2 * len(trials)
+    for row, trial in zip(rows, [*trials, *trials], strict=True):
+        assert {f"{key}={row[key]}" for key in ("model.width", "optimizer.lr")} <= set(trial.overrides)
+        assert (row["training loss"] == "") == (trial.value is None)
+        assert trial.value is None or float(row["training loss"]) == pytest.approx(trial.value, rel=1e-5)
 
 
 def test_the_figure(study: Path, tmp_path: Path) -> None:
