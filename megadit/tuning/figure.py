@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from megadit.tuning.optimum import LrCurve, find_optimum
 
@@ -44,8 +44,9 @@ def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path
 
 
 def _draw_panel(axes: Axes, curves: Sequence[LrCurve], colours: Mapping[int, str], top: float) -> None:
-    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7))  # the axis is logarithmic, but spans an octave
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     for index, curve in enumerate(curves):
