@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megadit.data.local_s3 import LocalS3
-from megadit.data.manifest import Manifest
 from megadit.data.pack import pack
 from megadit.data.sources import open_source
 from megadit.data.text_encoder import TextEncoder
@@ -25,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of every process started from here: ranks
 torch.set_num_threads(1)
 
 SELECTION = ("group=animals-nature", "skin_tone=false")
-PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3, "label": "subgroup"}
+PACK_SETTINGS = {"size": 16, "shard_samples": 50, "holdout": 8, "where": SELECTION, "seed": 3}
 WORKERS = Path(__file__).parent / "workers"
 RANK_SECONDS = 120
 _numbers = itertools.count()
