@@ -95,15 +95,12 @@ def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def twin(packed: Path) -> Callable[..., Recipe]:
-    """A shipped recipe of CPU size (`dit-xl2-mup-cpu`, ...) on the packed data, with overrides."""
-    manifest = Manifest.load(f"{packed}/train")
-    data = [
-        f"data.url={packed}/train",
-        f"data.validation_url={packed}/validation",
-        "data.chunk_samples=8",
-        "data.chunks_per_group=2",
-    ]
+def twin(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """A shipped recipe of CPU size (`dit-xl2-mup-cpu`, ...) on the packed animals, with overrides."""
+    folder = tmp_path_factory.mktemp("labelled")
+    manifest = pack_animals(str(folder), label="subgroup").train
+    data = [f"data.url={folder}/train", f"data.validation_url={folder}/validation"]
+    data += ["data.chunk_samples=8", "data.chunks_per_group=2"]
     sizes = [f"model.input_size={manifest.image.size}", "model.patch_size=4"]
 
     def make(name: str, *overrides: str) -> Recipe:
