@@ -23,14 +23,20 @@ def joint_qkv(
 
     Queries and keys of each stream are divided by their root mean square over E and multiplied by rows 0 and 1 of
     its norm weights [2, E] (arXiv 2403.03206, section 5.3.2). Mean squares are fp32 for bf16 input.
+
+    Under torch.compile the definition is traced instead: the compiler fuses it, and cannot trace writes into slices.
     """
+    if torch.compiler.is_compiling():
+        return joint_qkv_reference(
+            image_BTF, text_BLF, image_norm_2E.to(image_BTF.dtype), text_norm_2E.to(text_BLF.dtype)
+        )
     return _JointQKV.apply(image_BTF, text_BLF, image_norm_2E.to(image_BTF.dtype), text_norm_2E.to(text_BLF.dtype))
 
 
 def joint_qkv_reference(
     image_BTF: Tensor, text_BLF: Tensor, image_norm_2E: Tensor, text_norm_2E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by PyTorch's own operations, for tests."""
+    """The same by PyTorch's own operations: what is tested against, and what is compiled."""
     streams = []
     for x, norm in ((image_BTF, image_norm_2E), (text_BLF, text_norm_2E)):
         q, k, v = x.unflatten(-1, (3, -1, norm.shape[-1])).unbind(2)

@@ -39,6 +39,14 @@ def run_reporting(command: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
+def end_with(error: Exception) -> NoReturn:
+    """End the process from any thread, as `run_reporting` does when its command raises `error`."""
+    _report(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
 def first_failure(folder: Path) -> tuple[int, str] | None:
     """The rank that reported first and its message; None when no rank of `folder` has."""
     reports = [path for path in folder.iterdir() if path.name.isdigit()]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadit.launcher.environment import detect, export
+from megadit.launcher.failures import end_with
 from megadit.launcher.local import launch
 from megadit.launcher.processes import follow_parent
 from megadit.recipe import load
@@ -24,4 +25,4 @@ def train(source: str, overrides: Sequence[str] = (), run: Path | None = None) -
         export(ranks)
     from megadit.training import trainer
 
-    return trainer.train(recipe, run)
+    return trainer.train(recipe, run, end_with)

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from megadit.cli.bench import bench
+from megadit.cli.checkpoint import checkpoint_app
 from megadit.cli.data import data_app
 from megadit.cli.interop import interop_app
 from megadit.cli.options import Overrides, RecipeName
+from megadit.cli.trajectory import verify_trajectory
 from megadit.cli.tuning import coord_check, sweep, transfer
 from megadit.launcher.failures import run_reporting
 
@@ -45,10 +48,13 @@ app = typer.Typer(
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 shapes_app = typer.Typer(help="Base shapes for muP.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(interop_app, name="interop")
+app.command()(bench)
 app.command()(coord_check)
 app.command()(sweep)
 app.command()(transfer)
+app.command("verify-trajectory")(verify_trajectory)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(shapes_app, name="shapes")
 

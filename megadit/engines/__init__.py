@@ -10,7 +10,7 @@ from megadit.recipe import Recipe
 
 def build(recipe: Recipe) -> Engine:
     """The engine that the recipe names, with initial weights. Needs a process group unless it is `single`."""
-    if recipe.engine.kind == "zero3":
+    if recipe.engine.kind.startswith("zero"):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches at import, and warns
         from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import

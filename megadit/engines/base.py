@@ -3,7 +3,7 @@
 An engine knows nothing of the model beyond "these are the blocks" (`model.blocks`). Everything that outlives a
 process (weights, moments, averages) it shows as `Shard`s: contiguous ranges of flattened fp32 tensors. FSDP2's dim-0
 shards, ZeRO-3's partitions and whole tensors are all of that form, so averages and checkpoints are written once for
-every engine.
+every engine. The ranges of all ranks cover a parameter; under HSDP every replica has the same ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +33,16 @@ class Shard:
     values: Tensor  # fp32, one-dimensional, a view of the engine's master weight; may be empty
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What came of one optimizer step."""
+
+    loss_B: Tensor  # fp32, of this rank's samples, detached
+    grad_norm: float  # over all ranks, before clipping; the same on every rank
+    grad_norms_P: Tensor  # the same of each parameter, fp32 in the order of `shards`
+    skipped: bool  # the norm was not finite, so nothing was updated: weights, moments and step count are as before
+
+
 class Engine(Protocol):
     """A model on this rank's share of the hardware. Every method is called by all ranks together."""
 
@@ -40,12 +50,11 @@ class Engine(Protocol):
     model: nn.Module  # as it was built, for looking on: its weights may be sharded
     shards: Mapping[str, Shard]
 
-    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:
+    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> StepResult:
         """One optimizer step on this rank's micro-batches, which are of equal size.
 
-        Returns the losses of this rank's samples, detached, and the global gradient norm before clipping.
-        Learning rates are those of the parameter table times `lr_factor`. A gradient that is not finite raises
-        FloatingPointError on every rank.
+        Learning rates are those of the parameter table times `lr_factor`. Where a loss or a gradient of any rank is
+        not finite, neither is the gradient norm, and the update is skipped on every rank alike.
         """
         ...
 
@@ -80,14 +89,29 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The squared norm over all ranks of each gradient, of which a rank has a range; fp32 [P]."""
+    return sum_over_ranks(torch.stack(torch._foreach_norm(list(gradients))).square())
+
+
+def mean_loss(loss_B: Tensor) -> Tensor:
+    """The mean of the losses; its gradient is NaN where it is not finite.
+
+    A loss can be infinite and its gradient finite on one rank. This makes the reduced gradient norm tell every rank.
+    """
+    mean = loss_B.mean()
+    return mean * (1 + 0 * mean.detach())  # times 1, or times NaN
+
+
+def materialise(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
     """Give the parameters of a model built on the meta device (uninitialised) memory; its buffers keep their values."""
     buffers = dict(model.named_buffers())
     meta = [name for name, value in buffers.items() if value.is_meta]
     assert not meta, f"buffers have no values on the meta device: {meta}"
     model.to_empty(device=device)
     for name, value in buffers.items():
-        model.get_buffer(name).copy_(value)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, value.to(buffer_device))
 
 
 def load_initial_weights(engine: Engine, specs: Sequence[ParamSpec], seed: int) -> None:
@@ -111,12 +135,6 @@ def adamw(parameters: Mapping[str, Tensor], specs: Sequence[ParamSpec], recipe: 
         for group in param_groups(specs)
     ]
     return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
-
-
-def require_finite(norm: float) -> None:
-    """Raise FloatingPointError for a gradient norm that is not finite."""
-    if not norm < float("inf"):
-        raise FloatingPointError(f"the gradient norm is {norm}: the learning rate is too high, or a sample is broken")
 
 
 @contextmanager

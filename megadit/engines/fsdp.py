@@ -1,34 +1,42 @@
-"""FSDP2, and the plain single process: both train with torch's AdamW on this rank's flat fp32 shards.
+"""FSDP2, HSDP, and the plain single process: all train with torch's AdamW on this rank's flat fp32 shards.
 
 The optimizer never sees a DTensor. Its parameters are flat views of the local shards, so that one update costs the same
 launches on one rank and on many, learning-rate groups come from the parameter table by name, and the single process
 is the same code without `fully_shard`.
+
+In bf16, FSDP2 gathers bf16 copies of the fp32 weights and adds up gradients over ranks in fp32; the single process
+casts by autocast. The two round in different places, so their curves agree to bf16's precision only.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard as ShardPlacement
 
 from megadit import models
 from megadit.engines.base import (
     LossClosure,
     Shard,
+    StepResult,
     adamw,
     load_initial_weights,
     materialise,
+    mean_loss,
     process_device,
-    require_finite,
-    sum_over_ranks,
+    squared_norms,
 )
+from megadit.engines.blocks import prepare_blocks
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
+from megadit.recipe.schema import Engine as EngineSettings
 
 
 class TorchEngine:
@@ -38,13 +46,16 @@ class TorchEngine:
         self.device = process_device()
         self._bf16 = recipe.training.precision == "bf16"
         self._sharded = recipe.engine.kind == "fsdp"
+        self._num_replicas = recipe.engine.num_replicas
         self._max_grad_norm = recipe.optimizer.max_grad_norm
         specs = build_table(recipe)
         with torch.device("meta"):
             self.model = models.build(recipe.model)
+        prepare_blocks(self.model, recipe.engine)
         if self._sharded:
-            _shard(self.model, self._bf16, recipe.engine.reshard_after_forward)
-        materialise(self.model, self.device)
+            _shard(self.model, self._bf16, recipe.engine)
+        offloaded = recipe.engine.cpu_offload == "all"
+        materialise(self.model, torch.device("cpu") if offloaded else self.device, self.device)
         set_multipliers(self.model, specs)
 
         self._parameters = dict(self.model.named_parameters())
@@ -55,21 +66,24 @@ class TorchEngine:
         self._base_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self.set_num_steps(0)
 
-    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:
+    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> StepResult:
         losses = []
         for index, micro_batch in enumerate(micro_batches):
-            if self._sharded:
+            if self._sharded:  # gradients are added up over ranks once, after the last micro-batch
                 self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
             with self._precision():
-                per_sample_B = micro_batch(self.model)
-            (per_sample_B.mean() / len(micro_batches)).backward()
-            losses.append(per_sample_B.detach())
-        norm = self._clip()
-        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * lr_factor
-        self._optimizer.step()
+                loss_B = micro_batch(self.model)
+            (mean_loss(loss_B) / len(micro_batches)).backward()
+            losses.append(loss_B.detach())
+        gradients = self._hand_over_gradients()
+        squares_P = self._squared_norms(gradients)
+        norm = math.sqrt(squares_P.sum().item())
+        finite = math.isfinite(norm)
+        if finite:
+            self._update(gradients, norm, lr_factor)
+        self._optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
-        return torch.cat(losses), norm
+        return StepResult(torch.cat(losses), norm, squares_P.sqrt(), skipped=not finite)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: LossClosure) -> Tensor:
@@ -92,7 +106,7 @@ class TorchEngine:
             if not state:  # torch makes the moments at the first step; a checkpoint may need them before
                 state["exp_avg"] = torch.zeros_like(leaf)
                 state["exp_avg_sq"] = torch.zeros_like(leaf)
-            state["step"] = torch.tensor(float(num_steps), device=self.device)
+            state["step"] = torch.tensor(float(num_steps), device=leaf.device)
 
     def _precision(self) -> AbstractContextManager[None]:
         """FSDP2 casts by its own policy; a plain model casts by autocast. Weights are fp32 either way."""
@@ -100,41 +114,69 @@ class TorchEngine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def _clip(self) -> float:
-        """Hand the gradients to the optimizer, scaled to at most the allowed global norm; return the norm."""
+    def _hand_over_gradients(self) -> list[Tensor]:
+        """Give the optimizer's leaves the gradients of the local shards, and return them."""
+        gradients = []
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None, f"{name} has no gradient"
             gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             self._leaves[name].grad = gradient.reshape(-1)
-        gradients = [leaf.grad for leaf in self._leaves.values() if leaf.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        total = norms.square().sum()
-        norm = math.sqrt(sum_over_ranks(total).item() if self._sharded else total.item())
-        require_finite(norm)
+            gradients.append(gradient.reshape(-1))
+        return gradients
+
+    def _squared_norms(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The squared norm of each gradient over all ranks.
+
+        Under HSDP, too, all ranks are added up, not those of one replica: each replica would round on its own, and
+        their weights would drift apart.
+        """
+        return squared_norms(gradients) / self._num_replicas
+
+    def _update(self, gradients: list[Tensor], norm: float, lr_factor: float) -> None:
+        """Clip the gradients to the allowed norm and run AdamW."""
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-        return norm
+        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        self._optimizer.step()
 
 
-def _shard(model: nn.Module, bf16: bool, reshard_after_forward: bool) -> None:
-    """Shard every block, then what is left, over all ranks. Reduction is in fp32; inputs (timesteps!) are not cast."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
-        reduce_dtype=torch.float32 if bf16 else None,
-        cast_forward_inputs=False,
+def _shard(model: nn.Module, bf16: bool, settings: EngineSettings) -> None:
+    """Shard every block, then what is left. Reduction is in fp32; inputs (timesteps!) are not cast."""
+    offloaded = settings.cpu_offload == "all"
+    shard = partial(
+        fully_shard,
+        mesh=_mesh(settings.num_replicas),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32 if bf16 else None,
+            cast_forward_inputs=False,
+        ),
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy(),
     )
-    mesh = dist.init_device_mesh(process_device().type, (dist.get_world_size(),))
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        shard(block, reshard_after_forward=settings.reshard_after_forward)
+    shard(model)
+
+
+def _mesh(num_replicas: int) -> DeviceMesh:
+    """All ranks in a row, or in `num_replicas` rows that each hold the whole model."""
+    device, num_ranks = process_device().type, dist.get_world_size()
+    if num_replicas == 1:
+        return dist.init_device_mesh(device, (num_ranks,))
+    if num_ranks % num_replicas:
+        raise ValueError(f"engine.num_replicas {num_replicas} does not divide the {num_ranks} ranks")
+    shape = (num_replicas, num_ranks // num_replicas)
+    return dist.init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard_of(parameter: nn.Parameter) -> Shard:
     """This rank's flat range of a parameter, which FSDP2 cuts along its first dimension."""
     if not isinstance(parameter, DTensor):
         return Shard(parameter.shape, 0, parameter.detach().view(-1))
-    assert parameter.placements == (ShardPlacement(0),), parameter.placements
+    mesh = parameter.device_mesh
+    assert parameter.placements[-1] == ShardPlacement(0), parameter.placements
     local = parameter.to_local().detach()
-    rows_per_rank = math.ceil(parameter.shape[0] / parameter.device_mesh.size())
-    first_row = min(rows_per_rank * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    rows_per_rank = math.ceil(parameter.shape[0] / mesh.size(mesh.ndim - 1))
+    first_row = min(rows_per_rank * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
     return Shard(parameter.shape, first_row * math.prod(parameter.shape[1:]), local.view(-1))

@@ -1,24 +1,38 @@
-"""DeepSpeed ZeRO-3 with torch's AdamW, our own schedule and our own checkpoints.
+"""DeepSpeed ZeRO-1, -2 and -3 with torch's AdamW, our own schedule and our own checkpoints.
 
 DeepSpeed's schedulers rewrite the learning rate of every group, and its ZeRO-3 resharding gives group 0's
 hyperparameters to all groups (both measured with 0.19.8), so neither is used: groups come from the parameter table,
-the rate of each is set before every step, and state is read and written through DeepSpeed's local-partition interface
-(`safe_get_local_*`).
+the rate of each is set before every step, and state is read and written where DeepSpeed keeps it (`_places`).
+
+ZeRO-1 adds up gradients over ranks after the last micro-batch; ZeRO-2 and -3 after every one, because they never hold
+whole gradients. In bf16 all stages compute with bf16 copies of fp32 weights and add up gradients in fp32.
 """
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megadit import models
-from megadit.engines.base import LossClosure, Shard, adamw, load_initial_weights, process_device, require_finite
+from megadit.engines.base import (
+    LossClosure,
+    Shard,
+    StepResult,
+    adamw,
+    load_initial_weights,
+    materialise,
+    mean_loss,
+    process_device,
+    squared_norms,
+)
+from megadit.engines.blocks import prepare_blocks
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -28,15 +42,15 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 
 class ZeroEngine:
-    """A model whose parameters, gradients and moments are partitioned over all ranks by ZeRO stage 3."""
+    """A model whose moments (stage 1), gradients (2) and weights (3) are partitioned over all ranks."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.device = process_device()
         _connect(self.device)
         specs = build_table(recipe)
-        config = _config(recipe, dist.get_world_size())
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            self.model = models.build(recipe.model)
+        self._stage = int(recipe.engine.kind.removeprefix("zero"))
+        config = _config(recipe, self._stage, dist.get_world_size())
+        self.model = self._build(recipe, config)
         set_multipliers(self.model, specs)
         self._parameters = dict(self.model.named_parameters())
         optimizer = adamw(self._parameters, specs, recipe.optimizer)
@@ -44,24 +58,43 @@ class ZeroEngine:
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
-        self.shards: Mapping[str, Shard] = {name: _shard_of(p) for name, p in self._parameters.items()}
+        find = _place_in_stage_3 if self._stage == 3 else _place_in_stage_1_or_2
+        self._places = {name: find(p, self._optimizer) for name, p in self._parameters.items()}
+        self.shards: Mapping[str, Shard] = {
+            name: Shard(place.shape, place.offset, place.of(place.flat.detach()))
+            for name, place in self._places.items()
+        }
         load_initial_weights(self, specs, recipe.seed)
         self.set_num_steps(0)
 
-    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> tuple[Tensor, float]:
+    def _build(self, recipe: Recipe, config: dict[str, Any]) -> nn.Module:
+        """The model with uninitialised weights: whole on every rank, but in stage 3, where each layer is partitioned
+        as soon as it is made."""
+        if self._stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                model = models.build(recipe.model)
+        else:
+            with torch.device("meta"):
+                model = models.build(recipe.model)
+            materialise(model, self.device, self.device)
+        prepare_blocks(model, recipe.engine)
+        return model
+
+    def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> StepResult:
         assert len(micro_batches) == self._engine.gradient_accumulation_steps()
         self._engine.train()
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
-        losses = []
+        losses: list[Tensor] = []
         for micro_batch in micro_batches:
-            per_sample_B = micro_batch(self._engine)
-            self._engine.backward(per_sample_B.mean())
-            self._engine.step()  # updates the weights at the last micro-batch
-            losses.append(per_sample_B.detach())
-        norm = float(self._engine.get_global_grad_norm())
-        require_finite(norm)
-        return torch.cat(losses), norm
+            loss_B = micro_batch(self._engine)
+            self._engine.backward(mean_loss(loss_B))
+            if len(losses) == len(micro_batches) - 1:
+                squares_P = squared_norms([self._gradient(name) for name in self._parameters])
+            self._engine.step()  # updates the weights at the last micro-batch, unless the norm is not finite
+            losses.append(loss_B.detach())
+        norm = float(self._engine.get_global_grad_norm())  # inf, too, where it was NaN
+        return StepResult(torch.cat(losses), norm, squares_P.sqrt(), skipped=not math.isfinite(norm))
 
     @torch.no_grad()
     def evaluate(self, micro_batch: LossClosure) -> Tensor:
@@ -69,28 +102,42 @@ class ZeroEngine:
         return micro_batch(self._engine)
 
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        states = self._optimizer.optimizer.state
         return {
-            name: (
-                safe_get_local_optimizer_state(p, "exp_avg")[: self.shards[name].values.numel()],
-                safe_get_local_optimizer_state(p, "exp_avg_sq")[: self.shards[name].values.numel()],
-            )
-            for name, p in self._parameters.items()
+            name: (place.of(states[place.flat]["exp_avg"]), place.of(states[place.flat]["exp_avg_sq"]))
+            for name, place in self._places.items()
         }
 
+    def _gradient(self, name: str) -> Tensor:
+        """This rank's range of a gradient, after the last backward pass and before the step."""
+        parameter, num_elements = self._parameters[name], self._places[name].num_elements
+        if self._stage == 3:
+            return safe_get_local_grad(parameter).view(-1)[:num_elements]
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        if fragment is None:
+            return torch.zeros(0, device=self.device)
+        gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group).float().view(-1)  # type: ignore[attr-defined]
+        if gradient.numel() != num_elements:  # in bf16 DeepSpeed keeps whole gradients
+            gradient = gradient.narrow(0, fragment.lp_fragment_address.start, num_elements)
+        return gradient
+
     def weights_written(self) -> None:
-        """Copy the fp32 master weights to the partitions that the forward pass gathers, and drop gathered ones."""
+        """Copy the fp32 master weights to the weights that the forward pass uses, and drop gathered ones."""
+        if self._stage < 3:
+            self._optimizer.update_lp_params()
+            return
         self._engine.empty_partition_cache()
         for name, parameter in self._parameters.items():
             values = self.shards[name].values
             parameter.ds_tensor.data[: values.numel()].copy_(values)  # type: ignore[attr-defined]
 
     def set_num_steps(self, num_steps: int) -> None:
-        for weights in self._optimizer.fp32_partitioned_groups_flat:
+        for weights in {id(place.flat): place.flat for place in self._places.values()}.values():
             state = self._optimizer.optimizer.state[weights]
             if not state:  # torch makes the moments at the first step; a checkpoint may need them before
                 state["exp_avg"] = torch.zeros_like(weights)
                 state["exp_avg_sq"] = torch.zeros_like(weights)
-            state["step"] = torch.tensor(float(num_steps), device=self.device)
+            state["step"] = torch.tensor(float(num_steps), device=weights.device)
 
 
 def _connect(device: torch.device) -> None:
@@ -101,10 +148,11 @@ def _connect(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def _config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def _config(recipe: Recipe, stage: int, world_size: int) -> dict[str, Any]:
     samples_per_rank = recipe.training.batch_size // world_size
     micro_batch = recipe.training.micro_batch_size or samples_per_rank
     bf16 = recipe.training.precision == "bf16"
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": recipe.training.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -114,7 +162,9 @@ def _config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": 3,
+            "stage": stage,
+            "offload_optimizer": offload if recipe.engine.cpu_offload != "none" else None,
+            "offload_param": offload if recipe.engine.cpu_offload == "all" else None,
             # its own linear layer costs five times the rounding error (1e-5 instead of 2e-6 over 5 steps in fp32)
             "memory_efficient_linear": False,
         },
@@ -125,9 +175,35 @@ def _config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def _shard_of(parameter: nn.Parameter) -> Shard:
-    """This rank's flat range of a parameter, which ZeRO-3 cuts into equal partitions, the last ones padded."""
-    partition = safe_get_local_fp32_param(parameter).detach()
-    num_elements = math.prod(parameter.ds_shape)  # type: ignore[attr-defined]
-    offset = min(partition.numel() * dist.get_rank(), num_elements)
-    return Shard(parameter.ds_shape, offset, partition[: num_elements - offset])  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's range of a parameter lies: in which of DeepSpeed's flat fp32 weights, and where in it."""
+
+    shape: torch.Size
+    offset: int  # in the flattened parameter
+    flat: Tensor
+    start: int  # in `flat`
+    num_elements: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The range of `flat`, a tensor in the layout of the weights."""
+        return flat[self.start : self.start + self.num_elements]
+
+
+def _place_in_stage_3(parameter: nn.Parameter, optimizer: Any) -> _Place:
+    """ZeRO-3 cuts every parameter into equal partitions, the last ones padded."""
+    group, start, partition_size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    total = math.prod(parameter.ds_shape)  # type: ignore[attr-defined]
+    offset = min(partition_size * dist.get_rank(), total)
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    return _Place(parameter.ds_shape, offset, flat, start, min(partition_size, total - offset))  # type: ignore[attr-defined]
+
+
+def _place_in_stage_1_or_2(parameter: nn.Parameter, optimizer: Any) -> _Place:
+    """ZeRO-1 and -2 cut the concatenated parameters of each group, so a rank may have nothing of a parameter."""
+    fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+    if fragment is None:
+        return _Place(parameter.shape, 0, optimizer.optimizer.param_groups[0]["params"][0], 0, 0)
+    flat = optimizer.optimizer.param_groups[fragment.param_group_index]["params"][0]
+    where, part = fragment.hp_fragment_address, fragment.lp_fragment_address
+    return _Place(parameter.shape, part.start, flat, where.start, where.numel)

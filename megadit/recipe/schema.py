@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megadit.recipe.models import ModelConfig
 from megadit.recipe.node import Fraction, Node, PositiveInt, Power
@@ -90,6 +90,10 @@ class Training(Node):
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, moments and reductions stay fp32
     ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)
     log_every_steps: PositiveInt = 10
+    # Steps in a row that may be skipped because a loss or a gradient is not finite; the last of them stops the run. A
+    # broken sample costs one step and a spike two; what goes on longer comes from the weights or the learning rate.
+    max_skipped_steps: PositiveInt = 3
+    stall_seconds: Annotated[float, Field(gt=0)] = 600  # without progress, after which a run that hangs ends
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -99,16 +103,57 @@ class Training(Node):
 
 
 class Engine(Node):
-    """How the model is spread over processes; has no effect on the trajectory."""
+    """How the model is spread over processes; has no effect on the trajectory but rounding."""
 
-    kind: Literal["single", "fsdp", "zero3"] = "single"
+    kind: Literal["single", "fsdp", "zero1", "zero2", "zero3"] = "single"
     num_ranks: PositiveInt = 1  # local processes that `megadit train` starts
+    num_replicas: PositiveInt = 1  # fsdp: the model is sharded over ranks / replicas, gradients go over all (HSDP)
     reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
+    # Which blocks compute their activations again in the backward pass: all, every k-th (k = 1 is all), or all of them
+    # except the outputs of matrix products and attention (selective).
+    activation_checkpointing: Literal["none", "selective", "full"] | PositiveInt = "none"
+    compile: bool = False  # torch.compile for each block
+    cpu_offload: Literal["none", "optimizer", "all"] = "none"  # optimizer: its state and update; all: the weights, too
+
+    @model_validator(mode="after")
+    def _check(self) -> "Engine":
+        if self.num_replicas > 1 and self.kind != "fsdp":
+            raise ValueError(f"num_replicas {self.num_replicas} needs kind fsdp; {self.kind} has no replicas of shards")
+        if self.num_ranks > 1 and self.num_ranks % self.num_replicas:
+            raise ValueError(f"num_replicas {self.num_replicas} must divide num_ranks {self.num_ranks}")
+        possible, reason = _OFFLOADS[self.kind]
+        if self.cpu_offload not in possible:
+            raise ValueError(f"cpu_offload {self.cpu_offload} is not possible with kind {self.kind}: {reason}")
+        if self.compile and self.kind == "zero3":
+            raise ValueError("compile is not possible with kind zero3, whose hooks gather weights inside the blocks")
+        return self
+
+
+# What each engine can keep on the CPU, and why it cannot do the rest.
+_OFFLOADS: dict[str, tuple[tuple[str, ...], str]] = {
+    "single": (("none",), "one process updates its weights where they are; use fsdp on one rank"),
+    "fsdp": (("none", "all"), "FSDP2 moves weights, gradients and optimizer state together; use all"),
+    "zero1": (("none", "optimizer"), "it keeps whole weights on the device; use zero3 or fsdp"),
+    "zero2": (("none", "optimizer"), "it keeps whole weights on the device; use zero3 or fsdp"),
+    "zero3": (("none", "optimizer", "all"), ""),
+}
 
 
 class Checkpoints(Node):
+    """When the state of a run is saved, and which states stay."""
+
     every_images: PositiveInt
-    keep: PositiveInt = 2
+    keep: PositiveInt = 2  # the newest so many stay
+    keep_every_images: PositiveInt | None = None  # so does, for ever, the first one of each interval of so many images
+    asynchronous: bool = True  # written beside training, from a copy in memory as large as this rank's state
+    copy_url: str | None = None  # s3://bucket/prefix that each is copied to; a run without any of its own resumes there
+
+    @field_validator("copy_url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("s3://", "file://")):
+            raise ValueError("must be s3://bucket/prefix or file:///folder")
+        return url
 
 
 class Validation(Node):

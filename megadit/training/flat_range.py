@@ -15,37 +15,37 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 class FlatRange(Tensor):
     """The range [offset, offset + len) of a flat tensor of `total` elements, sharing the memory of `values`."""
 
-    _offset: int
-    _total: int
+    offset: int
+    total: int
 
     @staticmethod
     def of(values: Tensor, offset: int, total: int) -> "FlatRange":
         assert values.dim() == 1 and offset + values.numel() <= total
         part = values.detach().as_subclass(FlatRange)
-        part._offset, part._total = offset, total
+        part.offset, part.total = offset, total
         return part
 
     def size(self, dim: int | None = None) -> torch.Size | int:  # type: ignore[override]
         """The size of the whole flat tensor: what DCP compares with the stored one."""
-        size = torch.Size([self._total])
+        size = torch.Size([self.total])
         return size if dim is None else size[dim]
 
-    def _values(self) -> Tensor:
+    @property
+    def plain(self) -> Tensor:
+        """The values as an ordinary tensor."""
         return self.as_subclass(Tensor)
 
     def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self._offset]), torch.Size([self._values().numel()]))
+        return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.plain.numel()]))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()] if self._values().numel() else []
+        return [self._chunk()] if self.plain.numel() else []
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        if not self._values().numel():
+        if not self.plain.numel():
             return []
-        data = TensorWriteData(
-            self._chunk(), TensorProperties.create_from_tensor(self._values()), torch.Size([self._total])
-        )
-        return [WriteItem(MetadataIndex(name, torch.Size([self._offset])), WriteItemType.SHARD, tensor_data=data)]
+        data = TensorWriteData(self._chunk(), TensorProperties.create_from_tensor(self.plain), torch.Size([self.total]))
+        return [WriteItem(MetadataIndex(name, torch.Size([self.offset])), WriteItemType.SHARD, tensor_data=data)]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self._values()
+        return self.plain

@@ -22,10 +22,11 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(needed: bool) -> Iterator[None]:
+def process_group(needed: bool, timeout_seconds: float = 600) -> Iterator[None]:
     """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, where there are several.
 
-    `needed` makes a group of one, too: engines that shard want one on a single rank.
+    `needed` makes a group of one, too: engines that shard want one on a single rank. A collective that takes longer
+    than `timeout_seconds` fails.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not needed:
         yield
@@ -40,7 +41,7 @@ def process_group(needed: bool) -> Iterator[None]:
         store=store,
         rank=0 if store else -1,
         world_size=1 if store else -1,
-        timeout=timedelta(minutes=10),
+        timeout=timedelta(seconds=timeout_seconds),
     )
     try:
         yield

@@ -1,6 +1,7 @@
 """From step results to the numbers that a person reads: the start-up block, the loss by timestep, the speed."""
 
-import time
+import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,18 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megadit.engines.base import sum_over_ranks
+from megadit.engines.base import StepResult, process_device, sum_over_ranks
 from megadit.kernels import attention
 from megadit.models import num_flops
+from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.spec import ParamSpec
+from megadit.parametrization.table import build_table
+from megadit.planning.ceilings import device_name, peak_flops
 from megadit.recipe import Recipe
 from megadit.training.metrics import Metrics
 from megadit.training.ranks import rank
+from megadit.training.skipped import SkippedSteps
+from megadit.training.telemetry import PHASES, Costs, Telemetry
 from megadit.training.validation import ValidationLoss
 
 
@@ -32,22 +38,56 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
             f"{sum(num_parameters.values()):,} parameters ({roles}); a forward pass takes "
             f"{num_flops(recipe.model, 0) / 1e9:.3g} GFLOP per image and "
             f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
-            f"engine {recipe.engine.kind}, {num_ranks} rank(s), {recipe.training.precision} matrix products, "
-            f"attention: {attention.describe()}",
+            f"engine {_describe_engine(recipe, num_ranks)}",
+            f"{_describe_device(recipe)}, {recipe.training.precision} matrix products, "
+            f"attention: {attention.describe()}, kernels of ours: {', '.join(_kernels(recipe)) or 'none'}",
             f"data {recipe.data.url}: {num_samples:,} samples; {recipe.training.num_images:,} images to train "
             f"({epochs:.1f} epochs) in {recipe.num_steps:,} steps of {recipe.training.batch_size}",
         ]
     )
 
 
+def _describe_engine(recipe: Recipe, num_ranks: int) -> str:
+    settings = recipe.engine
+    mesh = f"{num_ranks} rank(s)"
+    if settings.num_replicas > 1:
+        mesh += f" as {settings.num_replicas} replicas x {num_ranks // settings.num_replicas} shards"
+    samples = recipe.training.batch_size // num_ranks
+    micro = recipe.training.micro_batch_size or samples
+    parts = [
+        f"{settings.kind} on {mesh}",
+        f"{samples // micro} micro-batch(es) of {micro} on each",
+        f"activation checkpointing {settings.activation_checkpointing}",
+        f"CPU offload {settings.cpu_offload}",
+        "blocks compiled" if settings.compile else "not compiled",
+    ]
+    return ", ".join(parts)
+
+
+def _describe_device(recipe: Recipe) -> str:
+    name = device_name(process_device())
+    peak = peak_flops(name, recipe.training.precision)
+    return f"{name} ({f'{peak / 1e12:g} TFLOP/s at most' if peak else 'peak unknown: MFU n/a'})"
+
+
+def _kernels(recipe: Recipe) -> list[str]:
+    """What the modules of the model import from megadit.kernels, beside the attention."""
+    sources = {type(module).__module__ for module in meta_model(recipe.model).modules()}
+    found = {value for source in sources for value in vars(sys.modules[source]).values() if callable(value)}
+    ours = [value for value in found if getattr(value, "__module__", "").startswith("megadit.kernels.")]
+    return sorted(value.__name__ for value in ours if value is not attention.attention)
+
+
 class Reporter:
     """Collects what every rank saw; rank 0 writes it down. All methods are called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, run: Path, images_seen: int) -> None:
+    def __init__(self, recipe: Recipe, run: Path, images_seen: int, telemetry: Telemetry) -> None:
         self._recipe = recipe
+        self._telemetry = telemetry
+        self._roles = [spec.role for spec in build_table(recipe)]
         self._metrics = Metrics(run, images_seen, recipe.training.num_images) if rank() == 0 else None
         self._log_images = recipe.training.log_every_steps * recipe.training.batch_size
-        self._start_interval(images_seen)
+        self._start_interval()
 
     def __enter__(self) -> "Reporter":
         if self._metrics:
@@ -62,32 +102,69 @@ class Reporter:
         if self._metrics:
             self._metrics.say(text)
 
-    def step(self, images_seen: int, timestep_B: Tensor, loss_B: Tensor, grad_norm: float, lr_factor: float) -> None:
+    def step(
+        self, images_seen: int, timestep_B: Tensor, result: StepResult, lr_factor: float, skipped: SkippedSteps
+    ) -> None:
         """Take in one step of this rank; write a line when one is due."""
-        num_bins = len(self._bins)
-        bin_B = (timestep_B / 1000 * num_bins).long().clamp(max=num_bins - 1)
-        self._bins.index_add_(0, bin_B, torch.stack([loss_B.double(), torch.ones_like(loss_B.double())], dim=1))
+        if result.skipped:
+            self._say_skipped(images_seen, result, skipped)
+        else:
+            num_bins, loss_B = len(self._bins), result.loss_B.double().cpu()
+            bin_B = (timestep_B / 1000 * num_bins).long().clamp(max=num_bins - 1)
+            self._bins.index_add_(0, bin_B, torch.stack([loss_B, torch.ones_like(loss_B)], dim=1))
         if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
             return
-        sums = sum_over_ranks(self._bins)
-        seconds = time.perf_counter() - self._interval_started
+        sums, costs = sum_over_ranks(self._bins), self._telemetry.take()
+        if self._metrics and sums[:, 1].any():  # else every step was skipped, as has been said
+            self._say_progress(images_seen, sums, costs, result, lr_factor, skipped.total)
+        self._start_interval()
+
+    def _say_progress(
+        self, images_seen: int, sums: Tensor, costs: Costs, result: StepResult, lr_factor: float, num_skipped: int
+    ) -> None:
+        assert self._metrics
+        total, images = sums.sum(0).tolist()
+        speed = f"{costs.images_per_second:.0f} images/s"
+        if costs.mfu is not None:
+            speed += f"  MFU {costs.mfu:.0%}"
+        self._metrics.progress(images_seen, f"loss {total / images:.4f}  {speed}")
+        self._metrics.log(
+            "train",
+            images_seen,
+            f"{images_seen} images  loss {total / images:.4f}  {speed}  grad norm {result.grad_norm:.3g}",
+            step=images_seen // self._recipe.training.batch_size,
+            loss=total / images,
+            loss_bins=[total / count if count else None for total, count in sums.tolist()],
+            grad_norm=None if result.skipped else result.grad_norm,
+            **({} if result.skipped else self._norms_by_role(result.grad_norms_P)),
+            lr=self._recipe.optimizer.lr * lr_factor,
+            images_per_second=costs.images_per_second,
+            tokens_per_second=costs.tokens_per_second,
+            mfu=costs.mfu,
+            **{f"{phase}_seconds": costs.seconds[phase] for phase in PHASES},
+            data_stalls=costs.data_stalls,
+            peak_gib=costs.peak_bytes / 2**30,
+            skipped_steps=num_skipped,
+        )
+
+    def _norms_by_role(self, grad_norms_P: Tensor) -> dict[str, float]:
+        squares = dict.fromkeys(self._roles, 0.0)
+        for role, norm in zip(self._roles, grad_norms_P.tolist(), strict=True):
+            squares[role] += norm * norm
+        return {f"grad_norm_{role}": math.sqrt(square) for role, square in squares.items()}
+
+    def _say_skipped(self, images_seen: int, result: StepResult, skipped: SkippedSteps) -> None:
         if self._metrics:
-            loss, images = sums.sum(0).tolist()
-            rate = images / seconds
-            lr = self._recipe.optimizer.lr * lr_factor
-            self._metrics.progress(images_seen, f"loss {loss / images:.4f}  {rate:.0f} images/s")
             self._metrics.log(
-                "train",
+                "skipped",
                 images_seen,
-                f"{images_seen} images  loss {loss / images:.4f}  {rate:.0f} images/s  grad norm {grad_norm:.3g}",
+                f"{images_seen} images  step skipped: the gradient norm is {result.grad_norm} "
+                f"({skipped.in_a_row} in a row, {skipped.total} in all)",
                 step=images_seen // self._recipe.training.batch_size,
-                loss=loss / images,
-                loss_bins=[total / count if count else None for total, count in sums.tolist()],
-                grad_norm=grad_norm,
-                lr=lr,
-                images_per_second=rate,
+                grad_norm=str(result.grad_norm),
+                in_a_row=skipped.in_a_row,
+                skipped_steps=skipped.total,
             )
-        self._start_interval(images_seen)
 
     def validation(self, images_seen: int, weights: str, result: ValidationLoss) -> None:
         if self._metrics:
@@ -101,8 +178,6 @@ class Reporter:
                 loss_strata=result.loss_strata,
                 constant_loss=result.constant_loss,
             )
-        self._interval_started = time.perf_counter()  # validation is not training time
 
-    def _start_interval(self, images_seen: int) -> None:
+    def _start_interval(self) -> None:
         self._bins = torch.zeros(self._recipe.objective.num_loss_bins, 2, dtype=torch.float64)
-        self._interval_started = time.perf_counter()

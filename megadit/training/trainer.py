@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,24 +16,37 @@ from megadit.data.stream import Stream
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
 from megadit.parametrization.table import build_table
-from megadit.recipe import Recipe, check_world_size
+from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, run_folder
 from megadit.training.ema import Averages
-from megadit.training.ranks import on_first_rank, process_group, rank, world_size
+from megadit.training.ranks import on_every_rank, on_first_rank, process_group, rank, world_size
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
+from megadit.training.skipped import SkippedSteps
+from megadit.training.telemetry import Phase, Telemetry
 from megadit.training.validation import validate
+from megadit.training.watchdog import Watchdog
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 75  # 75 is EX_TEMPFAIL: run it again
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, run: Path) -> int:
+def end_process(error: Exception) -> None:
+    """Say what was wrong, and end."""
+    logger.critical("%s", error)
+    os._exit(1)
+
+
+def train(recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_process) -> int:
     """Train to the end or to a stop signal, continuing what `run` holds. Returns the exit status.
 
-    Ranks are those of RANK and WORLD_SIZE, as torchrun sets them; every rank calls this with the same recipe.
+    Ranks are those of RANK and WORLD_SIZE, as torchrun sets them; every rank calls this with the same recipe. `end` is
+    called in another thread when the main one hangs, and ends the process.
     """
-    with process_group(needed=recipe.engine.kind != "single"), stop_on_signal() as stop:
+    # The watchdog names the rank that hangs; the time-out of the collectives, which would not, must come after it.
+    timeout_seconds = max(600, 2 * recipe.training.stall_seconds)
+    with process_group(recipe.engine.kind != "single", timeout_seconds), stop_on_signal() as stop:
+        require_one_recipe(recipe)
         check_world_size(recipe, world_size())
         if recipe.engine.kind == "single" and world_size() > 1:
             raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use fsdp or zero3")
@@ -42,7 +56,19 @@ def train(recipe: Recipe, run: Path) -> int:
         on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
-        return Trainer(recipe, run, engines.build(recipe), stop).train()
+        return Trainer(recipe, run, engines.build(recipe), stop, end).train()
+
+
+def require_one_recipe(recipe: Recipe) -> None:
+    """Raise ValueError on every rank unless all have the recipe of the first."""
+    first = on_first_rank(lambda: recipe)
+
+    def compare() -> None:
+        if changed := differences(first, recipe):
+            shown = "; ".join(f"{key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in changed.items())
+            raise ValueError(f"rank {rank()} was started with another recipe than rank 0 ({shown})")
+
+    on_every_rank(compare)
 
 
 def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
@@ -70,37 +96,59 @@ def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
 class Trainer:
     """One run: steps, averages, validation, checkpoints, reports."""
 
-    def __init__(self, recipe: Recipe, run: Path, engine: Engine, stop: StopRequest) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Path, engine: Engine, stop: StopRequest, end: Callable[[Exception], object]
+    ) -> None:
         self._recipe = recipe
         self._run = run
         self._engine = engine
         self._stop = stop
         self._objective = objectives.build(recipe, engine.device)
         self._averages = Averages(engine.shards, recipe.training.ema_rates)
+        self._saver = checkpoint.Saver(run, recipe, engine, self._averages)
+        self._skipped = SkippedSteps(run, engine.shards, recipe.training.max_skipped_steps)
+        self._watchdog = Watchdog(recipe.training.stall_seconds, run / "stalls", end)
+        self._telemetry = Telemetry(recipe, engine.device, self._mark)
         self._images_seen = 0
+        self._num_updates = 0  # as many as images seen / batch size, but for steps that were skipped
 
     def train(self) -> int:
         self._resume()
         last_image = self._recipe.training.num_images
-        with Reporter(self._recipe, self._run, self._images_seen) as reporter:
+        # Any forward pass is progress: a validation is one phase and may take long.
+        self._engine.model.register_forward_pre_hook(lambda *_: self._watchdog.mark())
+        with (
+            Reporter(self._recipe, self._run, self._images_seen, self._telemetry) as reporter,
+            self._saver,  # the last checkpoint is written before the run ends, however it ends
+            self._telemetry.watching_optimizers(),
+            self._watchdog,
+        ):
+            self._telemetry.begin("data")
             for batch in self._batches():
                 self._step(batch, reporter)
                 done = self._images_seen >= last_image
                 stopping = self._agreed_to_stop()
                 if self._recipe.validation and (done or self._passed(self._recipe.validation.every_images)):
+                    self._telemetry.begin("validation")
                     self._validate(reporter)
                 if done or stopping or self._passed(self._recipe.checkpoints.every_images):
+                    self._telemetry.begin("checkpoint")
                     self._save()
                 if stopping and not done:
                     reporter.say(f"stopped at {self._images_seen} images with a checkpoint; run it again to resume")
                     return EXIT_INTERRUPTED
+                self._telemetry.begin("data")
         return EXIT_DONE
 
+    def _mark(self, phase: Phase) -> None:
+        self._watchdog.mark(self._images_seen // self._recipe.training.batch_size, phase)
+
     def _resume(self) -> None:
-        path = checkpoint.newest_valid(self._run / "checkpoints")
+        path = self._saver.newest()
         if path is None:
             return
-        self._images_seen = checkpoint.load(path, self._engine, self._averages).images_seen
+        header = checkpoint.load(path, self._engine, self._averages)
+        self._images_seen, self._num_updates = header.images_seen, header.num_steps
         if rank() == 0:
             logger.info("resumed from %s", path)
 
@@ -115,21 +163,25 @@ class Trainer:
                 yield next(batches)
 
     def _step(self, batch: Batch, reporter: Reporter) -> None:
+        self._telemetry.begin("forward")
         batch_size = self._recipe.training.batch_size
         step = self._images_seen // batch_size
         timestep_B = self._objective.timesteps(batch.timestep_uniform)
         micro_batch_size = self._recipe.training.micro_batch_size or len(batch)
         losses = [
-            self._loss_of(part, part_B)
+            self._telemetry.timed(self._loss_of(part, part_B))
             for part, part_B in zip(batch.split(micro_batch_size), timestep_B.split(micro_batch_size), strict=True)
         ]
-        try:
-            loss_B, grad_norm = self._engine.train_step(losses, lr_factor(self._recipe, step))
-        except FloatingPointError as error:
-            raise ValueError(f"step {step} ({self._images_seen} images seen): {error}") from None
-        self._averages.update()
+        result = self._engine.train_step(losses, lr_factor(self._recipe, step))
+        self._telemetry.count(batch)
+        if result.skipped:
+            self._skipped.skipped(step, self._images_seen, batch, result)
+        else:
+            self._skipped.taken()
+            self._averages.update()
+            self._num_updates += 1
         self._images_seen += batch_size
-        reporter.step(self._images_seen, timestep_B, loss_B.cpu(), grad_norm, lr_factor(self._recipe, step))
+        reporter.step(self._images_seen, timestep_B, result, lr_factor(self._recipe, step), self._skipped)
 
     def _loss_of(self, batch: Batch, timestep_B: Tensor) -> LossClosure:
         device = self._engine.device
@@ -150,14 +202,7 @@ class Trainer:
                 reporter.validation(self._images_seen, name, validate(self._engine, self._objective, self._recipe))
 
     def _save(self) -> None:
-        checkpoint.save(
-            self._run / "checkpoints",
-            self._engine,
-            self._averages,
-            images_seen=self._images_seen,
-            num_steps=self._images_seen // self._recipe.training.batch_size,
-            keep=self._recipe.checkpoints.keep,
-        )
+        self._saver.save(self._images_seen, self._num_updates)
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:

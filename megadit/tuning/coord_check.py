@@ -117,9 +117,11 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     steps = []
     for _ in range(num_steps):
         with _Recorder(engine.model) as recorder:
-            engine.train_step(
+            result = engine.train_step(
                 [partial(_loss, objective=objective, batch=part, timestep_B=part_B) for part, part_B in parts], 1.0
             )
+        if result.skipped:
+            raise ValueError(f"width {recipe.model.width}: the gradient norm is {result.grad_norm}; lower optimizer.lr")
         steps.append(recorder.means())
     return steps
 

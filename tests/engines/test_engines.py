@@ -23,6 +23,9 @@ ENGINES = {
     "single": ["engine.kind=single"],
     "fsdp": ["engine.kind=fsdp", "engine.num_ranks=2"],
     "fsdp, kept gathered": ["engine.kind=fsdp", "engine.num_ranks=2", "engine.reshard_after_forward=false"],
+    "hsdp": ["engine.kind=fsdp", "engine.num_ranks=4", "engine.num_replicas=2"],
+    "zero1": ["engine.kind=zero1", "engine.num_ranks=2"],
+    "zero2": ["engine.kind=zero2", "engine.num_ranks=2"],
     "zero3": ["engine.kind=zero3", "engine.num_ranks=2"],
 }
 TWINS = {"dit": "dit-mup-search-cpu", "pixart": "pixart-mup-proxy-cpu"}
@@ -113,13 +116,19 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def joined(parts: list[dict[str, tuple[int, Tensor]]]) -> dict[str, Tensor]:
-    """Whole flat tensors from the ranges of all ranks, which follow each other without gap or overlap."""
+    """Whole flat tensors from the ranges of all ranks, which follow each other without gap or overlap.
+
+    Replicas have the same ranges with the same values, to the bit.
+    """
     whole = {}
     for name in parts[0]:
-        pieces = [part[name] for part in parts]
-        ends = [offset + values.numel() for offset, values in pieces]
-        assert [offset for offset, values in pieces] == [0, *ends[:-1]]
-        whole[name] = torch.cat([values for _, values in pieces])
+        pieces: dict[int, Tensor] = {}
+        for offset, values in (part[name] for part in parts):
+            if values.numel():
+                assert torch.equal(pieces.setdefault(offset, values), values), name
+        whole[name] = torch.cat([pieces[offset] for offset in sorted(pieces)])
+        ends = [offset + len(values) for offset, values in sorted(pieces.items())]
+        assert sorted(pieces) == [0, *ends[:-1]], name
     return whole
 
 

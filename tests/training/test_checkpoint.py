@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,23 +17,11 @@ from megadit import engines
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
-from megadit.training.checkpoint import CheckpointError
+from megadit.training.checkpoint import CheckpointError, Saver
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
 
 NAMES = ["images-0000000016", "images-0000000032", "images-0000000048"]
-
-
-def save(folder: Path, engine: Engine, step: int, keep: int = 5) -> Path:
-    """A checkpoint whose weights are all `step`, its average all `step + 0.5`, its moments `-step` and `2 * step`."""
-    averages = Averages(engine.shards, [0.9])
-    for name, shard in engine.shards.items():
-        shard.values.fill_(step)
-        averages.by_name()["ema_0.9"][name].fill_(step + 0.5)
-        first, second = engine.moments()[name]
-        first.fill_(-step)
-        second.fill_(2 * step)
-    return checkpoint.save(folder, engine, averages, images_seen=16 * step, num_steps=step, keep=keep)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +30,39 @@ def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def three(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save(engine: Engine, tiny_recipe: Callable[..., Recipe]) -> Callable[..., None]:
+    """Save steps: weights that are all `step`, an average of `step + 0.5`, moments of `-step` and `2 * step`."""
+
+    def save_steps(run: Path, *steps: int, **settings: Any) -> None:
+        averages = Averages(engine.shards, [0.9])
+        recipe = tiny_recipe("checkpoints.keep=5", *(f"checkpoints.{key}={value}" for key, value in settings.items()))
+        with Saver(run, recipe, engine, averages) as saver:
+            for step in steps:
+                fill(engine, averages, step)
+                saver.save(images_seen=16 * step, num_steps=step)
+
+    return save_steps
+
+
+def fill(engine: Engine, averages: Averages, step: int) -> None:
+    for name, shard in engine.shards.items():
+        shard.values.fill_(step)
+        averages.by_name()["ema_0.9"][name].fill_(step + 0.5)
+        first, second = engine.moments()[name]
+        first.fill_(-step)
+        second.fill_(2 * step)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def three(save: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three checkpoints."""
-    folder = tmp_path_factory.mktemp("three") / "checkpoints"
-    for step in (1, 2, 3):
-        save(folder, engine, step)
-    return folder
+    run = tmp_path_factory.mktemp("three")
+    save(run, 1, 2, 3)
+    return run / "checkpoints"
 
 
 @pytest.fixture
@@ -70,9 +86,11 @@ def split_on_three_ranks(
         name: [0, *sorted(draw.randint(0, whole.numel()) for _ in range(2)), whole.numel()]
         for name, whole in tensors.items()
     }
+    ranges = [{name: tuple(cuts[name][rank : rank + 2]) for name in tensors} for rank in range(3)]
     folder = tmp_path_factory.mktemp("split")
-    run_ranks("save_ranges.py", 3, tensors=tensors, cuts=cuts, folder=folder)
-    return folder, tensors
+    run_ranks("save_ranges.py", 3, tensors=tensors, ranges=ranges, folder=folder)
+    (path,) = checkpoint.newest_first(folder)
+    return path, tensors
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,14 +98,16 @@ def split_on_three_ranks(
 def test_any_range_of_any_split_is_read_back(
     split_on_three_ranks: tuple[Path, dict[str, Tensor]], data: st.DataObject
 ) -> None:
-    folder, tensors = split_on_three_ranks
+    path, tensors = split_on_three_ranks
     ranges = {}
     for name, whole in tensors.items():
         start, end = sorted(data.draw(st.tuples(*[st.integers(0, whole.numel())] * 2)))
         ranges[name] = (start, end, torch.full((end - start,), torch.nan))
-    state = {n: FlatRange.of(values, start, tensors[n].numel()) for n, (start, _, values) in ranges.items()}
-    with pytest.warns(UserWarning, match="distributed is disabled"):
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    state = {
+        f"weight/{name}": FlatRange.of(values, start, tensors[name].numel())
+        for name, (start, _, values) in ranges.items()
+    }
+    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     for name, (start, end, values) in ranges.items():
         assert torch.equal(values, tensors[name][start:end])
 
@@ -179,44 +199,56 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(folder: Pat
     assert checkpoint.newest_valid(folder.parent / "of a new run") is None
 
 
-def test_a_checkpoint_written_again_replaces_the_damaged_one(folder: Path, engine: Engine) -> None:
+def test_a_checkpoint_written_again_replaces_the_damaged_one(folder: Path, save: Callable[..., None]) -> None:
     cut_short(folder / NAMES[2])
-    save(folder, engine, 3)
+    save(folder.parent, 3)
     assert checkpoint.newest_valid(folder) == folder / NAMES[2]
 
 
-def test_a_half_written_checkpoint_is_ignored_and_removed(folder: Path, engine: Engine) -> None:
+def test_a_half_written_checkpoint_is_ignored_and_removed(folder: Path, save: Callable[..., None]) -> None:
     shutil.copytree(folder / NAMES[2], folder / ".partial-images-0000000064")
     assert checkpoint.newest_valid(folder) == folder / NAMES[2]
-    save(folder, engine, 5)
-    assert sorted(path.name for path in folder.iterdir()) == [*NAMES, "images-0000000080"]
+    save(folder.parent, 5)
+    assert names(folder) == [*NAMES, "images-0000000080"]
 
 
-def test_only_the_newest_are_kept(folder: Path, engine: Engine) -> None:
-    save(folder, engine, 4, keep=2)
-    assert sorted(path.name for path in folder.iterdir()) == [NAMES[2], "images-0000000064"]
+def test_only_the_newest_are_kept(folder: Path, save: Callable[..., None]) -> None:
+    save(folder.parent, 4, keep=2)
+    assert names(folder) == [NAMES[2], "images-0000000064"]
+
+
+def test_the_first_of_every_interval_stays(tmp_path: Path, save: Callable[..., None]) -> None:
+    """With steps of 16 images and intervals of 40: from 48, 80 and 128 on."""
+    save(tmp_path, *range(1, 10), keep=1, keep_every_images=40)
+    assert names(tmp_path / "checkpoints") == [f"images-{images:010d}" for images in (48, 80, 128, 144)]
 
 
 # What a user can get wrong
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize(
     ("overrides", "full_rank"),
     [((), 0), (("engine.kind=fsdp", "engine.num_ranks=2"), 1)],
     ids=["single", "rank 1 of 2"],
 )
 def test_no_space_for_a_checkpoint(
-    overrides: tuple[str, ...], full_rank: int, run_ranks: Callable, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    overrides: tuple[str, ...],
+    full_rank: int,
+    asynchronous: bool,
+    run_ranks: Callable,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
 ) -> None:
-    recipe = tiny_recipe(*overrides)
-    said = run_ranks("full_disk.py", recipe.engine.num_ranks, recipe=recipe, folder=tmp_path, full_rank=full_rank)
+    recipe = tiny_recipe(*overrides, f"checkpoints.asynchronous={asynchronous}")
+    said = run_ranks("full_disk.py", recipe.engine.num_ranks, recipe=recipe, run=tmp_path, full_rank=full_rank)
     assert len(set(said)) == 1
-    assert said[0].startswith(f"cannot write checkpoint {tmp_path / NAMES[1]}: ")
+    assert said[0].startswith(f"cannot write checkpoint {tmp_path / 'checkpoints' / NAMES[1]}: ")
     assert "File too large" in said[0]
-    assert said[0].endswith(f"newest whole checkpoint: {tmp_path / NAMES[0]}")
+    assert said[0].endswith(f"newest whole checkpoint: {tmp_path / 'checkpoints' / NAMES[0]}")
     assert "\n" not in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == [NAMES[0]]
-    assert checkpoint.find_damage(tmp_path / NAMES[0]) is None
+    assert names(tmp_path / "checkpoints") == [NAMES[0]]
+    assert checkpoint.find_damage(tmp_path / "checkpoints" / NAMES[0]) is None
 
 
 def test_a_checkpoint_of_another_width_is_refused(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:

@@ -158,7 +158,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     checkpoint.load(path, engine, averages)
     next(iter(engine.shards.values())).values.fill_(torch.inf)
     shutil.rmtree(path)
-    good = checkpoint.save(path.parent, engine, averages, images_seen=32, num_steps=2, keep=2)
+    with checkpoint.Saver(run, recipe, engine, averages) as saver:
+        saver.save(images_seen=32, num_steps=2)
+    (good,) = path.parent.iterdir()
     again = tiny_recipe(*SHORT, f"engine.kind={kind}", f"engine.num_ranks={1 if kind == 'single' else 2}")
     message = (
         r"^step 2 \(32 images seen\): the gradient norm is (nan|inf): the learning rate is too high, or a sample is"

@@ -33,10 +33,10 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
         for factor in lr_factors:
             batch = next(stream)
             timestep_B = objective.timesteps(batch.timestep_uniform)
-            losses, norm = engine.train_step([lambda m, b=batch, t=timestep_B: objective.losses(m, b, t)], factor)
+            result = engine.train_step([lambda m, b=batch, t=timestep_B: objective.losses(m, b, t)], factor)
             averages.update()
-            found["losses"].append(losses)
-            found["norms"].append(norm)
+            found["losses"].append(result.loss_B)
+            found["norms"].append(result.grad_norm)
         found["groups"] = [
             {key: group[key] for key in ("lr", "weight_decay", "eps", "betas")}
             for group in engine._optimizer.param_groups

@@ -10,16 +10,18 @@ from megadit.training.ema import Averages
 from megadit.training.ranks import process_group, rank
 
 
-def main(recipe: Recipe, folder: Path, full_rank: int) -> str:
+def main(recipe: Recipe, run: Path, full_rank: int) -> str:
     """What the second save says. A limit on the size of files gives a real OSError of the kernel (EFBIG)."""
     with process_group(needed=recipe.engine.kind != "single"):
         engine = engines.build(recipe)
-        averages = Averages(engine.shards, [0.9])
-        checkpoint.save(folder, engine, averages, images_seen=16, num_steps=1, keep=2)
+        saver = checkpoint.Saver(run, recipe, engine, Averages(engine.shards, [0.9]))
+        saver.save(images_seen=16, num_steps=1)
+        saver.wait()
         if rank() == full_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
-            checkpoint.save(folder, engine, averages, images_seen=32, num_steps=2, keep=2)
+            saver.save(images_seen=32, num_steps=2)
+            saver.wait()
         except checkpoint.CheckpointError as error:
             return str(error)
         finally:

@@ -6,15 +6,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from megadit.training.checkpoint.files import FORMAT, Header
+from megadit.training.checkpoint.writer import Writer
 from megadit.training.flat_range import FlatRange
 from megadit.training.ranks import process_group
 
 
-def main(tensors: dict[str, Tensor], cuts: dict[str, list[int]], folder: Path) -> None:
-    """Rank r owns [cuts[name][r], cuts[name][r + 1]) of each tensor."""
+def main(tensors: dict[str, Tensor], ranges: list[dict[str, tuple[int, int]]], folder: Path) -> None:
+    """Rank r owns [start, end) of each tensor, with (start, end) from `ranges[r]`."""
     with process_group(needed=True):
         state = {}
         for name, whole in tensors.items():
-            start, end = cuts[name][dist.get_rank() : dist.get_rank() + 2]
-            state[name] = FlatRange.of(whole[start:end].clone(), start, whole.numel())
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True))
+            start, end = ranges[dist.get_rank()][name]
+            state[f"weight/{name}"] = FlatRange.of(whole[start:end].clone(), start, whole.numel())
+        shapes = {name: list(whole.shape) for name, whole in tensors.items()}
+        header = Header(FORMAT, images_seen=0, num_steps=0, shapes=shapes, averages=[], files={})
+        dcp.save(state, storage_writer=Writer(folder, header))

@@ -1,0 +1,1 @@
+"""What a model and a machine allow, without running either."""

@@ -1,0 +1,107 @@
+"""A second copy of each checkpoint in S3, and a first one from there where a run has none.
+
+    COPY_URL/recipe.yaml                              of the run, so that no other run resumes from its checkpoints
+    COPY_URL/images-0000012800/__0_0.distcp.00000     files in pieces, which `cat` joins: one PUT takes 5 GB at most
+    COPY_URL/images-0000012800/checkpoint.json        the header, last: without it a copy is not whole
+
+Copies stay: give the bucket a rule for their age. Rank 0 sends them all, several pieces at a time.
+"""
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from megadit import recipe as recipes
+from megadit.data.storage import MissingError, Store, open_store
+from megadit.recipe import Recipe
+from megadit.training.checkpoint import files
+from megadit.training.checkpoint.files import HEADER, PARTIAL, CheckpointError
+
+PIECE_BYTES = 2**27
+NUM_THREADS = 4  # pieces in memory at a time
+RECIPE = "recipe.yaml"
+logger = logging.getLogger(__name__)
+
+
+class Copies:
+    """The copies of one run's checkpoints, at `url`."""
+
+    def __init__(self, url: str, recipe: Recipe) -> None:
+        self._store: Store = open_store(url)
+        self._recipe = recipe
+
+    def send(self, path: Path) -> None:
+        """Copy a whole checkpoint. Raises StorageError."""
+        self._store.put(RECIPE, recipes.dump(self._recipe).encode())
+        pieces = [
+            (path / name, start) for name, (size, _) in files.read_header(path).files.items() for start in _starts(size)
+        ]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for _ in pool.map(lambda piece: self._send_piece(*piece), pieces):
+                pass
+        self._store.put(f"{path.name}/{HEADER}", (path / HEADER).read_bytes())
+
+    def fetch_newest(self, folder: Path) -> Path | None:
+        """Bring the newest whole copy into a folder of checkpoints; None when there are no copies.
+
+        Raises CheckpointError when the copies are of another recipe or none is whole, and StorageError.
+        """
+        headers = [name for name in self._store.list("images-") if name.endswith(f"/{HEADER}")]
+        if not headers:
+            return None
+        self._check_same_recipe()
+        for header in sorted(headers, reverse=True):
+            partial = folder / f"{PARTIAL}{header.removesuffix(f'/{HEADER}')}"
+            files.make_partial(partial)
+            damage = self._fetch(partial)
+            if damage is None:
+                return files.publish(partial)
+            shutil.rmtree(partial)
+            logger.warning("the copy %s is damaged: %s; trying the one before", self._store.url(header), damage)
+        raise CheckpointError(
+            f"no checkpoint at {self._store.url()} is whole; start anew with another checkpoints.copy_url"
+        )
+
+    def _send_piece(self, file: Path, start: int) -> None:
+        with file.open("rb") as stream:
+            stream.seek(start)
+            self._store.put(_piece(file.parent.name, file.name, start), stream.read(PIECE_BYTES))
+
+    def _fetch(self, partial: Path) -> str | None:
+        """Fill the folder. Returns what is wrong with it, or None."""
+        name = partial.name.removeprefix(PARTIAL)
+        content = self._store.get(f"{name}/{HEADER}")
+        try:
+            header = files.parse_header(content, self._store.url(name))
+            for file, (size, _) in header.files.items():
+                with (partial / file).open("wb") as stream:
+                    for start in _starts(size):
+                        stream.write(self._store.get(_piece(name, file, start)))
+        except CheckpointError:
+            raise
+        except (ValueError, MissingError) as error:
+            return str(error)
+        (partial / HEADER).write_bytes(content)
+        for path in partial.iterdir():
+            files.sync(path)
+        return files.find_damage(partial)
+
+    def _check_same_recipe(self) -> None:
+        there = recipes.parse(yaml.safe_load(self._store.get(RECIPE)), self._store.url(RECIPE))
+        changed = {k: v for k, v in recipes.differences(there, self._recipe).items() if not recipes.is_free(k)}
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+            raise CheckpointError(
+                f"the copies at {self._store.url()} are of another recipe ({shown}); give another checkpoints.copy_url"
+            )
+
+
+def _starts(size: int) -> range:
+    return range(0, size, PIECE_BYTES)
+
+
+def _piece(checkpoint: str, file: str, start: int) -> str:
+    return f"{checkpoint}/{file}.{start // PIECE_BYTES:05d}"

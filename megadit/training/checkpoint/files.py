@@ -1,0 +1,188 @@
+"""The folder of a checkpoint: its header, how damage shows, how it appears at once, which ones stay."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+HEADER, METADATA = "checkpoint.json", ".metadata"
+PARTIAL = ".partial-"  # before the name of a checkpoint that is not whole yet
+BLOCK_BYTES = 2**22
+VERIFY_THREADS = 4  # zlib lets other threads run
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What checkpoint.json says."""
+
+    format: int
+    images_seen: int
+    num_steps: int
+    shapes: dict[str, list[int]]  # of the parameters, by name
+    averages: list[str]
+    files: dict[str, list[int]]  # name -> [bytes, CRC-32]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files that the header lists."""
+        return sum(size for size, _ in self.files.values())
+
+
+def folder_name(images_seen: int) -> str:
+    """Sorted by name, checkpoints are sorted by age."""
+    return f"images-{images_seen:010d}"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, damaged ones too."""
+    return sorted(folder.glob("images-*"), reverse=True)
+
+
+def images_seen(path: Path) -> int:
+    """What the name of a checkpoint says."""
+    return int(path.name.removeprefix("images-"))
+
+
+def existing(run: Path, images: Sequence[int]) -> list[Path]:
+    """The checkpoints of a run, oldest first; with `images`, those of so many images seen.
+
+    Raises CheckpointError where there is none, or not one that is asked for.
+    """
+    there = {images_seen(path): path for path in reversed(newest_first(run / "checkpoints"))}
+    if not there:
+        raise CheckpointError(f"{run} has no checkpoint")
+    if missing := [number for number in images if number not in there]:
+        raise CheckpointError(f"{run} has no checkpoint of {missing[0]} images seen; there are: {list(there)}")
+    return [path for number, path in there.items() if not images or number in images]
+
+
+def read_header(path: Path) -> Header:
+    """What checkpoint.json says. Raises OSError and ValueError when it cannot be read or has changed."""
+    return parse_header((path / HEADER).read_bytes(), path)
+
+
+def parse_header(content: bytes, path: object) -> Header:
+    """The header in the bytes of a checkpoint.json; `path` is for the messages. Raises ValueError."""
+    sealed = json.loads(content)
+    if not isinstance(sealed, dict) or sealed.get("crc32") != _crc32_of_tree(sealed.get("header")):
+        raise ValueError(f"{HEADER} of {path} has changed: its CRC-32 differs")
+    tree = sealed["header"]
+    if tree.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {tree.get('format')}, this version reads {FORMAT}")
+    return Header(**tree)
+
+
+def find_damage(path: Path, part: int = 0, num_parts: int = 1, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None.
+
+    Args:
+        part: look at every `num_parts`-th file only, from this one on, so that ranks can share the work.
+        contents: compare CRCs, which reads every byte; otherwise only sizes.
+
+    Raises:
+        CheckpointError: it may well be whole, but not for this version.
+    """
+    try:
+        header = read_header(path)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        return f"{HEADER} cannot be read ({error})"
+    mine = sorted(header.files.items())[part::num_parts]
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        found = pool.map(lambda item: _damage_of_file(path / item[0], item[1], contents), mine)
+        return next(filter(None, found), None)
+
+
+def _damage_of_file(file: Path, expected: Sequence[int], contents: bool) -> str | None:
+    num_bytes, crc = expected
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != num_bytes:
+        return f"{file.name} has {file.stat().st_size} bytes instead of {num_bytes}"
+    if contents and crc32(file) != crc:
+        return f"{file.name} has changed (its CRC-32 differs)"
+    return None
+
+
+def make_partial(partial: Path) -> None:
+    """An empty folder to write into; what runs left that were killed while they wrote is removed."""
+    for left_over in partial.parent.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left_over)
+    partial.mkdir(parents=True)
+
+
+def seal(partial: Path, header: Header) -> None:
+    """Write the header, last, and publish."""
+    with (partial / HEADER).open("w") as file:
+        json.dump({"crc32": _crc32_of_tree(asdict(header)), "header": asdict(header)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(partial)
+
+
+def publish(partial: Path) -> Path:
+    """Give a folder of complete, synced files its final name, in which it is whole even after a power cut.
+
+    Replaces a damaged one of the same moment, which a resume went back before.
+    """
+    final = partial.with_name(partial.name.removeprefix(PARTIAL))
+    sync(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    sync(final.parent)
+    return final
+
+
+def prune(folder: Path, keep: int, keep_every_images: int | None) -> None:
+    """Remove all but the newest `keep` and the first of every interval of `keep_every_images` images."""
+    paths = newest_first(folder)
+    kept = {*paths[:keep], *_first_of_intervals(paths, keep_every_images)}
+    for path in paths:
+        if path not in kept:
+            doomed = path.with_name(f"{PARTIAL}{path.name}")  # at once; a kill would leave half of it otherwise
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _first_of_intervals(paths: Iterable[Path], images: int | None) -> list[Path]:
+    """The oldest path of each interval [n * images, (n + 1) * images), n > 0.
+
+    Not those at multiples: where the batch size does not divide the interval, no step ends at one.
+    """
+    if images is None:
+        return []
+    first = {images_seen(path) // images: path for path in sorted(paths, reverse=True)}
+    return [path for number, path in first.items() if number > 0]
+
+
+def crc32(file: Path) -> int:
+    """The CRC-32 of a file."""
+    crc = 0
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(BLOCK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _crc32_of_tree(tree: Any) -> int:
+    return zlib.crc32(json.dumps(tree).encode())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

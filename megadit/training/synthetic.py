@@ -1,0 +1,128 @@
+"""Training without data: what a machine does with a recipe, where nothing is read from disk or network."""
+
+import gc
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megadit import engines, objectives
+from megadit.data.batch import Batch
+from megadit.engines.base import process_device
+from megadit.recipe import Recipe, parse
+from megadit.training.memory import reset_peak
+from megadit.training.ranks import process_group, world_size
+from megadit.training.telemetry import Costs, Telemetry
+
+WARMUP_STEPS = 2  # of each setting: memory is taken, kernels are chosen and blocks compiled
+DEFAULT_TEXT_TOKENS = 77
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: what the recipe is changed to."""
+
+    micro_batch_size: int  # one micro-batch of each rank is a step
+    activation_checkpointing: str | int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting and what its steps cost; None where they did not fit into the memory of the GPU."""
+
+    setting: Setting
+    costs: Costs | None
+
+
+def bench(recipe: Recipe, settings: Sequence[Setting], num_steps: int, text_tokens: int | None) -> list[Measured]:
+    """Train `num_steps` steps of the recipe's model in each setting. Ranks are those of RANK and WORLD_SIZE.
+
+    `text_tokens` is the length of the captions, by default the most that the model takes. Raises ValueError for a
+    setting that the recipe refuses.
+    """
+    with process_group(needed=recipe.engine.kind != "single"):
+        return [Measured(setting, _measure(_changed(recipe, setting), num_steps, text_tokens)) for setting in settings]
+
+
+def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: torch.device) -> Batch:
+    """Normal noise in place of `size` pictures, with captions of `text_tokens` tokens; nothing is dropped."""
+    model = recipe.model
+    text_dim: int = getattr(model, "text_dim", 1)
+    longest: int = getattr(model, "max_text_tokens", DEFAULT_TEXT_TOKENS)
+    tokens = longest if text_tokens is None else text_tokens
+    picture = (size, model.in_channels, model.input_size, model.input_size)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batch = Batch(
+        images=torch.randn(picture, generator=generator),
+        text=torch.randn(size, tokens, text_dim, generator=generator),
+        text_lengths=torch.full((size,), tokens),
+        pooled=torch.randn(size, getattr(model, "pooled_dim", 1), generator=generator),
+        labels=torch.zeros(size, dtype=torch.int64),
+        noise=torch.randn(picture, generator=generator),
+        timestep_uniform=torch.rand(size, generator=generator),
+        drop_uniform=torch.ones(size),
+        epoch=torch.zeros(size, dtype=torch.int64),
+        sample=torch.arange(size),
+    )
+    return batch.to(device)
+
+
+def _changed(recipe: Recipe, setting: Setting) -> Recipe:
+    """The recipe with a global batch of one micro-batch for each rank."""
+    tree = recipe.model_dump(mode="json")
+    batch_size = setting.micro_batch_size * world_size()
+    tree["data"]["num_streams"] = world_size()
+    tree["training"] |= {
+        "batch_size": batch_size,
+        "micro_batch_size": setting.micro_batch_size,
+        "num_images": batch_size,
+    }
+    tree["engine"] |= {"activation_checkpointing": setting.activation_checkpointing, "num_ranks": world_size()}
+    return parse(tree, f"micro-batch {setting.micro_batch_size}")
+
+
+def _measure(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs | None:
+    with _fresh_memory():
+        try:
+            return _train(recipe, num_steps, text_tokens)
+        except torch.OutOfMemoryError:
+            if world_size() > 1:  # the others wait for this rank
+                raise
+            return None
+
+
+def _train(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs:
+    engine = engines.build(recipe)
+    objective = objectives.build(recipe, engine.device)
+    batch = synthetic_batch(recipe, recipe.training.micro_batch_size or 0, text_tokens, engine.device)
+    timestep_B = objective.timesteps(batch.timestep_uniform)
+    telemetry = Telemetry(recipe, engine.device, notice=lambda phase: None)
+    loss = telemetry.timed(partial(objective.losses, batch=batch, timestep_B=timestep_B))
+    with telemetry.watching_optimizers():
+        for step in range(WARMUP_STEPS + num_steps):
+            telemetry.begin("forward")
+            result = engine.train_step([loss], 1.0)
+            assert math.isfinite(result.grad_norm), "noise at the recipe's learning rate diverged"
+            telemetry.count(batch)
+            if step == WARMUP_STEPS - 1:
+                telemetry.take()
+        return telemetry.take()
+
+
+@contextmanager
+def _fresh_memory() -> Iterator[None]:
+    """Forget what an earlier setting left, so that each has its own peak."""
+    device = process_device()
+    reset_peak(device)
+    try:
+        yield
+    finally:
+        gc.collect()
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,147 @@
+"""A run that hangs ends with a message that names the rank and the step, instead of waiting in silence for ever.
+
+Every rank tells the others, through the store that they met at, how far it has come: in a thread, because the main one
+may hang in a collective. A rank where nothing moved for the allowed time looks who is furthest behind, and ends.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megadit.training.ranks import rank, world_size
+
+logger = logging.getLogger(__name__)
+STORE_SECONDS = 5.0  # the store is memory of one process: later it does not answer at all
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last told: how many marks it has passed, and what it was doing."""
+
+    marks: int
+    step: int
+    phase: str
+    number: int  # of the beat: a process that is frozen sends no more
+
+    def describe(self) -> str:
+        return f"in the {self.phase} of step {self.step}"
+
+
+class Watchdog:
+    """Calls `end` with a TimeoutError when this rank has passed no mark for `limit` seconds.
+
+    Python stacks go to FOLDER/stack-rank-N.txt at half of that time, so that those of all ranks are there.
+    Time in which the whole process was frozen (a debugger, a suspended job) does not count.
+    """
+
+    def __init__(self, limit: float, folder: Path, end: Callable[[Exception], object]) -> None:
+        self._limit = limit
+        self._folder = folder
+        self._end = end
+        self._interval = min(limit / 10, 5.0)
+        self._silence = 0.0
+        self._beat = Beat(0, 0, "start", 0)
+        self._others: dict[int, tuple[Beat, float]] = {}  # the last beat of each rank, and when a new one was seen
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._talk)]
+
+    def __enter__(self) -> "Watchdog":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(STORE_SECONDS)
+
+    def mark(self, step: int | None = None, phase: str | None = None) -> None:
+        """Something moved: `phase` of `step` has begun, or goes on where they are not given."""
+        last = self._beat
+        self._beat = Beat(last.marks + 1, last.step if step is None else step, phase or last.phase, last.number)
+
+    def _watch(self) -> None:
+        """Count the silence by ticks of the clock, and end at the limit."""
+        warned, marks, last = False, -1, time.monotonic()
+        while not self._stopped.wait(self._interval):
+            now = time.monotonic()
+            self._silence = self._silence + min(now - last, 2 * self._interval) if self._beat.marks == marks else 0.0
+            marks, last = self._beat.marks, now
+            if self._silence < self._limit / 2:
+                warned = False
+            elif not warned:
+                warned = True
+                self._write_stacks()
+            if self._silence >= self._limit:
+                self._end(TimeoutError(self._verdict()))
+                return
+
+    def _talk(self) -> None:
+        """Tell the others; ask them when this rank hears nothing from itself."""
+        if world_size() == 1:
+            return
+        try:
+            store = _own_connection()
+            for number in range(1, 2**62):
+                beat = self._beat
+                store.set(f"{rank()}", json.dumps([beat.marks, beat.step, beat.phase, number]))
+                if self._silence >= self._limit / 2:
+                    self._ask(store)
+                if self._stopped.wait(self._interval):
+                    return
+        except dist.DistError as error:  # its process has ended, or is frozen: `_verdict` says so
+            logger.debug("the ranks' store does not answer: %s", error)
+
+    def _ask(self, store: dist.Store) -> None:
+        for other in range(world_size()):
+            if other != rank() and store.check([f"{other}"]):
+                beat = Beat(*json.loads(store.get(f"{other}")))
+                if other not in self._others or self._others[other][0].number != beat.number:
+                    self._others[other] = beat, time.monotonic()
+
+    def _verdict(self) -> str:
+        """Which rank is to blame: one that sends no more, else the one with the fewest marks."""
+        limit = f"{self._limit:g} s (training.stall_seconds)"
+        where = f"Python stacks are in {self._folder}"
+        now = time.monotonic()
+        for other, (beat, seen) in sorted(self._others.items()):
+            if now - seen > self._limit / 4:
+                return f"rank {other} gives no sign of life, last {beat.describe()}; waited {limit}; {where}"
+        if missing := [other for other in range(world_size()) if other != rank() and other not in self._others]:
+            return (
+                f"rank {rank()} has waited for {limit} {self._beat.describe()}, and rank {missing[0]} does not answer; "
+                f"{where}"
+            )
+        beats = {rank(): self._beat} | {other: beat for other, (beat, _) in self._others.items()}
+        fewest = min(beat.marks for beat in beats.values())
+        behind = [number for number, beat in sorted(beats.items()) if beat.marks == fewest]
+        who = f"rank {behind[0]} hangs" if len(behind) < len(beats) or len(beats) == 1 else "all ranks hang"
+        return f"{who} {beats[behind[0]].describe()}: nothing moved for {limit}; {where}"
+
+    def _write_stacks(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"stack-rank-{rank()}.txt"
+        with path.open("w") as file:
+            faulthandler.dump_traceback(file)
+        logger.warning(
+            "rank %d: nothing has moved for %.0f s %s; stacks: %s", rank(), self._silence, self._beat.describe(), path
+        )
+
+
+def _own_connection() -> dist.Store:
+    """The ranks' store through a connection of its own: a wait in the main thread must not block this one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=STORE_SECONDS)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    # torchrun keeps one store over restarts: what the ranks said before one must not be taken for the present.
+    return dist.PrefixStore(f"megadit-watchdog-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

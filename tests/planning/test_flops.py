@@ -1,0 +1,73 @@
+"""Model FLOPs against what PyTorch counts while it trains, and the table of peaks."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megadit import models, objectives
+from megadit.planning.ceilings import PEAK_TFLOPS, peak_flops
+from megadit.planning.flops import training_flops, training_tokens
+from megadit.recipe import DiTModel, MMDiTModel, ModelConfig, Recipe, load
+from megadit.training.synthetic import synthetic_batch
+
+SIZES = {"input_size": 16, "in_channels": 4, "patch_size": 2, "width": 64, "depth": 3, "head_dim": 16}
+DIT = DiTModel(family="dit", num_classes=5, **SIZES)
+MMDIT = MMDiTModel(family="mmdit", text_dim=32, pooled_dim=24, **SIZES)
+
+
+def of_model(config: ModelConfig) -> Recipe:
+    """A recipe that trains a model of this configuration."""
+    recipe = load("dit-mup-search-cpu" if config.family == "dit" else "quickstart")
+    return recipe.model_copy(update={"model": config})
+
+
+@pytest.mark.parametrize("config", [DIT, MMDIT], ids=["dit", "mmdit"])
+def test_a_training_step_has_the_flops_that_torch_counts(config: ModelConfig) -> None:
+    recipe = of_model(config)
+    model = models.build(config)
+    batch = synthetic_batch(recipe, 2, 7, torch.device("cpu"))
+    objective = objectives.build(recipe, torch.device("cpu"))
+    # The counter does not know the fused attention of CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective.losses(model, batch, objective.timesteps(batch.timestep_uniform)).mean().backward()
+    # The first layers need no gradient of their input: the rule of three passes counts a little too much.
+    counted = counter.get_total_flops()
+    assert counted <= training_flops(config, [7, 7]) <= 1.02 * counted
+
+
+def test_text_counts_where_the_model_takes_it() -> None:
+    patches = (16 // 2) ** 2
+    assert training_tokens(DIT, [7, 9]) == 2 * patches
+    assert training_tokens(MMDIT, [7, 9]) == 2 * patches + 16
+    assert training_flops(DIT, [7]) == training_flops(DIT, [0])
+    assert training_flops(MMDIT, [7, 9]) == training_flops(MMDIT, [7]) + training_flops(MMDIT, [9])
+
+
+def test_dit_xl_2_has_the_published_flops() -> None:
+    """118.64 multiply-adds of a forward pass in arXiv 2212.09748, table 4; two FLOP each, three passes."""
+    config = load("dit-xl2-sp").model
+    assert training_flops(config, [0]) == pytest.approx(6 * 118.64e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA B200", "B200"),
+    ],
+)
+def test_the_peak_of_a_known_device(name: str, part: str) -> None:
+    bf16, fp32 = PEAK_TFLOPS[part]
+    assert peak_flops(name, "bf16") == bf16 * 1e12
+    assert peak_flops(name, "fp32") == fp32 * 1e12
+
+
+@pytest.mark.parametrize("name", ["CPU", "NVIDIA GeForce RTX 3060", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""])
+def test_an_unknown_device_has_no_peak(name: str) -> None:
+    assert peak_flops(name, "bf16") is None

@@ -1,0 +1,113 @@
+"""Copies of checkpoints in S3, over the real protocol: whole or not used, and only by the run that made them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadit import engines
+from megadit.data.storage import open_store
+from megadit.engines.base import Engine
+from megadit.recipe import Recipe
+from megadit.training import checkpoint, trainer
+from megadit.training.checkpoint import CheckpointError, Saver, copies
+from megadit.training.ema import Averages
+
+NAMES = ["images-0000000016", "images-0000000032"]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
+    return engines.build(tiny_recipe())
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "PIECE_BYTES", 300_000)
+
+
+@pytest.fixture
+def make_saver(engine: Engine, tiny_recipe: Callable[..., Recipe], s3_bucket: str) -> Callable[..., Saver]:
+    averages = Averages(engine.shards, [0.9])
+    url = f"checkpoints.copy_url={s3_bucket}/runs/a"
+    return lambda run, *overrides: Saver(run, tiny_recipe(url, *overrides), engine, averages)
+
+
+@pytest.fixture
+def two_copies(make_saver: Callable[..., Saver], tmp_path: Path) -> Path:
+    """The run that made them."""
+    with make_saver(tmp_path / "run") as saver:
+        saver.save(16, 1)
+        saver.save(32, 2)
+    return tmp_path / "run"
+
+
+def test_a_run_without_checkpoints_gets_the_newest_copy(
+    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+) -> None:
+    path = make_saver(tmp_path / "elsewhere").newest()
+    assert path == tmp_path / "elsewhere" / "checkpoints" / NAMES[1]
+    original = two_copies / "checkpoints" / NAMES[1]
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in original.iterdir()}
+
+
+def test_a_run_with_a_checkpoint_of_its_own_goes_on_from_that(
+    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+) -> None:
+    with make_saver(tmp_path / "elsewhere", "checkpoints.copy_url=null") as saver:
+        saver.save(16, 1)
+    assert make_saver(tmp_path / "elsewhere").newest() == tmp_path / "elsewhere" / "checkpoints" / NAMES[0]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "__0_0.distcp.00001"])
+def test_the_copy_before_a_damaged_one_is_used(
+    name: str, two_copies: Path, make_saver: Callable[..., Saver], s3_bucket: str, tmp_path: Path
+) -> None:
+    store = open_store(f"{s3_bucket}/runs/a/{NAMES[1]}")
+    content = bytearray(store.get(name))
+    content[len(content) // 2] ^= 1
+    store.put(name, bytes(content))
+    path = make_saver(tmp_path / "elsewhere").newest()
+    assert path is not None
+    assert path.name == NAMES[0]
+    assert [p.name for p in path.parent.iterdir()] == [NAMES[0]]
+    assert checkpoint.find_damage(path) is None
+
+
+def test_the_copy_of_another_recipe_is_refused(
+    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now\).*checkpoints\.copy_url"):
+        make_saver(tmp_path / "elsewhere", "seed=7").newest()
+
+
+def test_a_copy_that_fails_is_an_error_only_at_the_end(
+    make_saver: Callable[..., Saver],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    saver = make_saver(tmp_path / "run")
+    saver.save(16, 1)
+    saver.save(32, 2)
+    with pytest.raises(CheckpointError, match=r"could not be copied: .*credentials.*it is whole in"):
+        saver.__exit__(None, None, None)
+    assert f"checkpoint {NAMES[0]} could not be copied" in caplog.text
+    assert checkpoint.find_damage(tmp_path / "run" / "checkpoints" / NAMES[1]) is None
+
+
+def test_a_run_goes_on_on_another_machine(tiny_recipe: Callable[..., Recipe], s3_bucket: str, tmp_path: Path) -> None:
+    """The second half of the run, elsewhere, from the copy of its first half."""
+    copying = f"checkpoints.copy_url={s3_bucket}/run"
+    recipe = tiny_recipe("training.num_images=32", "validation=null", "checkpoints.every_images=16", copying)
+    assert trainer.train(recipe, tmp_path / "one") == 0
+    store = open_store(f"{s3_bucket}/run/{NAMES[1]}")
+    store.put("checkpoint.json", b"{}")  # as if the machine had been lost before this one was copied
+    assert trainer.train(recipe, tmp_path / "other") == 0
+    ours, theirs = (
+        checkpoint.read_tensors(tmp_path / run / "checkpoints" / NAMES[1], "ema_0.9") for run in ("one", "other")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "other" / "metrics.jsonl").read_text().count('"kind": "train"') == 1

@@ -1,0 +1,51 @@
+"""One rank trains a few steps with each of several recipes, one after the other."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadit import engines, objectives
+from megadit.data.batch import Batch
+from megadit.data.stream import Stream
+from megadit.recipe import Recipe
+from megadit.training.ranks import process_group, rank, world_size
+
+
+def main(jobs: list[tuple[Recipe, int | None]], num_steps: int) -> list[dict[str, Any]]:
+    """For each (recipe, broken step): losses, norms, skipped and state of every step.
+
+    In the broken step the last sample of rank 1 has an infinite loss, whose gradient is finite.
+    """
+    with process_group(needed=True):
+        return [_train(recipe, num_steps, broken_step) for recipe, broken_step in jobs]
+
+
+def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str, Any]:
+    engine = engines.build(recipe)
+    objective = objectives.build(recipe, engine.device)
+    stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+    found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "states": []}
+    for step in range(num_steps):
+        batch = next(stream)
+        timestep_B = objective.timesteps(batch.timestep_uniform)
+        size = recipe.training.micro_batch_size or len(batch)
+        breaks = step == broken_step and rank() == 1
+        closures = [
+            partial(_losses, objective=objective, batch=part, timestep_B=part_B, breaks=breaks)
+            for part, part_B in zip(batch.split(size), timestep_B.split(size), strict=True)
+        ]
+        result = engine.train_step(closures, 1.0)
+        found["losses"].append(result.loss_B)
+        found["norms"].append(result.grad_norm)
+        found["skipped"].append(result.skipped)
+        weights = {name: shard.values.clone() for name, shard in engine.shards.items()}
+        found["states"].append([weights, *({n: m[i].clone() for n, m in engine.moments().items()} for i in (0, 1))])
+    return found
+
+
+def _losses(model: nn.Module, objective: Any, batch: Batch, timestep_B: Tensor, breaks: bool) -> Tensor:
+    loss_B = objective.losses(model, batch, timestep_B)
+    last_B = torch.arange(len(loss_B)) == len(loss_B) - 1
+    return torch.where(last_B, torch.inf, loss_B) if breaks else loss_B
