@@ -80,8 +80,8 @@ def test_powers(base: Path, text: str, value: float):
         ("model.patch_size=3", "input_size 16 must be a multiple of patch_size 3"),
         ("optimizer.lr=fast", "optimizer.lr = 'fast': Input should be a valid number"),
         ("optimizer.lr=.inf", "optimizer.lr = inf"),
-        ("engine.kind=ddp", "engine.kind = 'ddp': Input should be 'single', 'fsdp' or 'zero3'"),
-        ("engine.num_ranks=2", "engine.kind single runs on one rank, not 2; use fsdp or zero3"),
+        ("engine.kind=ddp", "engine.kind = 'ddp': Input should be 'single', 'fsdp', 'zero1', 'zero2' or 'zero3'"),
+        ("engine.num_ranks=2", "engine.kind single runs on one rank, not 2; use another engine.kind"),
         (
             "engine={kind: fsdp, num_ranks: 3}",
             "3 ranks do not divide data.num_streams 4; possible numbers of ranks: [1,",

@@ -37,6 +37,8 @@ FREE_KEYS = (
     "data.num_workers",
     "training.micro_batch_size",
     "training.log_every_steps",
+    "training.max_skipped_steps",
+    "training.stall_seconds",
 )
 
 

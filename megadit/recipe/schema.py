@@ -187,7 +187,7 @@ class Recipe(Node):
         if batch % streams:
             raise ValueError(f"data.num_streams {streams} must divide training.batch_size {batch}")
         if self.engine.kind == "single" and ranks != 1:
-            raise ValueError(f"engine.kind single runs on one rank, not {ranks}; use fsdp or zero3")
+            raise ValueError(f"engine.kind single runs on one rank, not {ranks}; use another engine.kind")
         if self.validation and self.data.validation_url is None:
             raise ValueError("validation needs data.validation_url")
         _check_model_and_objective(self)

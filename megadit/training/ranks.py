@@ -1,7 +1,6 @@
 """The process group of a training run, and the few things ranks do together."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,11 +80,3 @@ def on_every_rank(function: Callable[[], Result]) -> list[Result]:
         if raised is not None:
             raise raised
     return [result for result, _ in boxes]
-
-
-@contextmanager
-def quiet_single_process() -> Iterator[None]:
-    """Silence torch.distributed.checkpoint's warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -49,7 +49,7 @@ def train(recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_pr
         require_one_recipe(recipe)
         check_world_size(recipe, world_size())
         if recipe.engine.kind == "single" and world_size() > 1:
-            raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use fsdp or zero3")
+            raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use another engine.kind")
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
         check_data_fits(recipe, manifest)

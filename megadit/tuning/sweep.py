@@ -206,9 +206,10 @@ def _log_summary(study: Study) -> None:
 
 
 def _base_recipe(source: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe with what a sweep needs of it: each step's loss, and no checkpoint but the last."""
+    """The recipe with what a sweep needs of it: a loss for each step (none is skipped), no checkpoint but the last."""
     recipe = recipes.load(source, overrides)
-    settings = ["training.log_every_steps=1", f"checkpoints.every_images={recipe.training.num_images}"]
+    settings = ["training.log_every_steps=1", "training.max_skipped_steps=1"]
+    settings.append(f"checkpoints.every_images={recipe.training.num_images}")
     return recipes.load(source, [*overrides, *settings])
 
 

@@ -126,7 +126,7 @@ def test_a_single_process_engine_on_two_ranks_is_refused(
 ) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         run_ranks("train.py", 2, recipe=tiny_recipe(), run=tmp_path / "run")
-    assert caught.group_contains(ValueError, match="single runs on one rank, not 2; use fsdp or zero3")
+    assert caught.group_contains(ValueError, match="single runs on one rank, not 2; use another engine.kind")
 
 
 def test_validation_does_not_depend_on_the_number_of_ranks(train: Callable, tiny_recipe: Callable[..., Recipe]) -> None:
