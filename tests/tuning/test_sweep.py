@@ -54,7 +54,7 @@ def test_a_trial_is_an_ordinary_run(
     swept: Path, trials: Callable[[Path], dict[str, Trial]], tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     trial = trials(swept)["width=32,lr=2^-7"]
-    recipe = tiny_recipe(*SHORT, "model.width=32", "optimizer.lr=2^-7")
+    recipe = tiny_recipe(*SHORT, "model.width=32", "optimizer.lr=2^-7", "training.max_skipped_steps=1")
     assert run_folder.load_recipe(trial.run).model_dump(exclude={"checkpoints"}) == recipe.model_dump(
         exclude={"checkpoints"}
     )
