@@ -1,7 +1,6 @@
 """From step results to the numbers that a person reads: the start-up block, the loss by timestep, the speed."""
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megadit import kernels
 from megadit.engines.base import StepResult, process_device, sum_over_ranks
 from megadit.kernels import attention
 from megadit.models import num_flops
-from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import build_table
 from megadit.planning.ceilings import device_name, peak_flops
@@ -32,6 +31,7 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
         num_parameters[spec.role] += torch.Size(spec.shape).numel()
     roles = ", ".join(f"{role} {count:,}" for role, count in num_parameters.most_common())
     epochs = recipe.training.num_images / num_samples
+    ours = kernels.in_use(recipe.model.family, process_device().type, recipe.engine.compile)
     return "\n".join(
         [
             f"{recipe.name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "
@@ -40,7 +40,7 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
             f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
             f"engine {_describe_engine(recipe, num_ranks)}",
             f"{_describe_device(recipe)}, {recipe.training.precision} matrix products, "
-            f"attention: {attention.describe()}, kernels of ours: {', '.join(_kernels(recipe)) or 'none'}",
+            f"attention: {attention.describe()}, kernels of ours: {', '.join(ours) or 'none'}",
             f"data {recipe.data.url}: {num_samples:,} samples; {recipe.training.num_images:,} images to train "
             f"({epochs:.1f} epochs) in {recipe.num_steps:,} steps of {recipe.training.batch_size}",
         ]
@@ -68,14 +68,6 @@ def _describe_device(recipe: Recipe) -> str:
     name = device_name(process_device())
     peak = peak_flops(name, recipe.training.precision)
     return f"{name} ({f'{peak / 1e12:g} TFLOP/s at most' if peak else 'peak unknown: MFU n/a'})"
-
-
-def _kernels(recipe: Recipe) -> list[str]:
-    """What the modules of the model import from megadit.kernels, beside the attention."""
-    sources = {type(module).__module__ for module in meta_model(recipe.model).modules()}
-    found = {value for source in sources for value in vars(sys.modules[source]).values() if callable(value)}
-    ours = [value for value in found if getattr(value, "__module__", "").startswith("megadit.kernels.")]
-    return sorted(value.__name__ for value in ours if value is not attention.attention)
 
 
 class Reporter:

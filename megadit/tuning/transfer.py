@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from megadit import models, recipe as recipes
+from megadit import recipe as recipes
 from megadit.parametrization import base_shapes
+from megadit.planning.flops import training_flops
 from megadit.recipe import ModelConfig, Recipe
 from megadit.tuning import figure
 from megadit.tuning.curve import Curve
@@ -197,6 +198,6 @@ def _cost_fraction(study: Study, target: Recipe) -> float:
 
 
 def _num_flops(model: ModelConfig, max_text_tokens: int) -> int:
-    """Of one image's training step: forward, and twice that backward."""
+    """To train on one image once."""
     num_text_tokens = model.max_text_tokens if model.family == "pixart" else max_text_tokens
-    return 3 * models.num_flops(model, num_text_tokens)
+    return training_flops(model, [num_text_tokens])

@@ -1,5 +1,7 @@
 """PixArt against PixArtTransformer2DModel of diffusers, and what padding, dropping and precision may change."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -88,7 +90,9 @@ def test_forward_and_gradients_equal_diffusers(config: PixArtModel) -> None:
     extra=st.integers(0, 2),
     filling=st.sampled_from([0.0, 1e4, float("nan"), float("inf")]),
 )
-def test_padding_has_no_influence(lengths: list[int], dropped: list[bool], extra: int, filling: float) -> None:
+def test_padding_has_no_influence(
+    same_alone: Callable[..., None], lengths: list[int], dropped: list[bool], extra: int, filling: float
+) -> None:
     config = CONFIGS["no sigma"]
     model = random_model(config)
     x, timestep, text = random_batch(config, batch=3, length=5 + extra)
@@ -104,16 +108,7 @@ def test_padding_has_no_influence(lengths: list[int], dropped: list[bool], extra
             dropped_B=torch.tensor(dropped[rows]),
         )
 
-    y = run(slice(0, 3), 5 + extra)
-    y.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    alone = torch.cat([run(slice(row, row + 1), length) for row, length in enumerate(lengths)])
-    torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)
-    alone.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        tolerance = 1e-4 * max(1, parameter.grad.abs().max().item())
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=tolerance, msg=name)
+    same_alone(model, run, 5 + extra, lengths)
 
 
 def test_a_dropped_caption_matters_only_by_its_length() -> None:

@@ -1,0 +1,69 @@
+"""What sharding costs where there is nothing to share: FSDP2 on one rank beside the plain module, in one run.
+
+`python -m megadit.training.bench_sharding [RECIPE] [--batch N] [--pairs N]`. A step is the objective's forward and
+backward pass, clip and AdamW on synthetic data. Steps of the two engines alternate; the ratio is the median over pairs.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megadit import engines, objectives, timing
+from megadit.engines.base import process_device
+from megadit.recipe import Recipe, load, parse
+from megadit.training.synthetic import synthetic_batch
+
+TEXT_TOKENS = 16
+
+
+def compare(recipe: Recipe, batch_size: int, num_pairs: int) -> str:
+    """The lines that the command prints. Needs a process group of one."""
+    device = process_device()
+    objective = objectives.build(recipe, device)
+    batch = synthetic_batch(recipe, batch_size, TEXT_TOKENS, device)
+    loss = partial(objective.losses, batch=batch, timestep_B=objective.timesteps(batch.timestep_uniform))
+    plain, sharded = (engines.build(_on_one_rank(recipe, kind)) for kind in ("single", "fsdp"))
+    pairs = timing.time_pairs(lambda: plain.train_step([loss], 1.0), lambda: sharded.train_step([loss], 1.0), num_pairs)
+    return "\n".join(
+        [
+            f"{recipe.name}: {recipe.model.depth} blocks of width {recipe.model.width}, batch {batch_size}, "
+            f"{recipe.training.precision}, median of {num_pairs} training steps, {timing.machine()}",
+            f"{'plain module':<24}{pairs.median_ms(0):>10.1f} ms/step",
+            f"{'FSDP2 on one rank':<24}{pairs.median_ms(1):>10.1f} ms/step",
+            f"FSDP2 takes {pairs.ratio():.3f} times as long",
+        ]
+    )
+
+
+def _on_one_rank(recipe: Recipe, kind: str) -> Recipe:
+    """The recipe on an engine; what is not the same for both is off."""
+    tree = recipe.model_dump(mode="json")
+    tree["engine"] |= {"kind": kind, "num_ranks": 1, "num_replicas": 1, "cpu_offload": "none"}
+    return parse(tree, recipe.name)
+
+
+def main() -> int:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m megadit.training.bench_sharding", description=__doc__)
+    parser.add_argument("recipe", nargs="?", default="quickstart", help="name or path of a recipe")
+    parser.add_argument("--batch", type=int, help="samples of a step (default: the recipe's)")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps to time")
+    args = parser.parse_args()
+    try:
+        recipe = load(args.recipe)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        lines = compare(recipe, args.batch or recipe.training.batch_size, args.pairs)
+        dist.destroy_process_group()
+    except ValueError as error:
+        sys.stderr.write(f"megadit: error: {error}\n")
+        return 1
+    sys.stdout.write(lines + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
