@@ -39,7 +39,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
         signals_to_handle="",  # elastic would kill the ranks 30 s after a signal: less than a checkpoint may take
     )
     with tempfile.TemporaryDirectory(prefix="megadit-") as failures, forwarding(psutil.Process().children):
-        os.environ.update(_rank_environment(num_ranks, failures))
+        os.environ.update({**rank_environment(num_ranks), FAILURES_VARIABLE: failures})
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
@@ -48,13 +48,13 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _rank_environment(num_ranks: int, failures: str) -> dict[str, str]:
-    """Variables that the ranks get beside those of elastic; what the user has set wins."""
+def rank_environment(num_ranks: int) -> dict[str, str]:
+    """Variables that local ranks get beside those that say which rank each is; what the user has set wins."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     defaults = {"OMP_NUM_THREADS": str(max(1, cores // num_ranks)), "GLOO_SOCKET_IFNAME": loopback}
     chosen = {name: os.environ.get(name, value) for name, value in defaults.items()}
-    return {**chosen, **child_environment(), FAILURES_VARIABLE: failures}
+    return {**chosen, **child_environment()}
 
 
 def _outcome(codes: dict[int, int], failures: Path) -> int:

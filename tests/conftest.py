@@ -114,12 +114,13 @@ def twin(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Ca
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Call `main(**arguments)` of tests/workers/SCRIPT on each of `num_ranks` new processes: their results, by rank.
 
-    Raises an ExceptionGroup of what was raised on the ranks.
+    What runs for longer than `limit_seconds` is killed. Raises an ExceptionGroup of what was raised on the ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megadit.training.trainer", "megadit.engines.fsdp", "megadit.engines.zero"])
+    engines = ["megadit.engines.fsdp", "megadit.engines.zero"]
+    context.set_forkserver_preload(["megadit.training.trainer", *engines, "torch._dynamo"])  # as optimizers import it
 
-    def run(script: str, num_ranks: int, **arguments: Any) -> list[Any]:
+    def run(script: str, num_ranks: int, *, limit_seconds: float = RANK_SECONDS, **arguments: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -133,7 +134,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
         ]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + RANK_SECONDS
+        deadline = time.monotonic() + limit_seconds
         for process in ranks:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()

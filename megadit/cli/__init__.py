@@ -64,6 +64,15 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/NAME]")] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH|URL",
+            help="What to begin with: the run's newest whole checkpoint; nothing, which is refused where there is one; "
+            "or, where the run has none, the checkpoint of another run of this recipe: its folder, a folder of one "
+            "checkpoint, or the s3:// address that checkpoints.copy_url gave them.",
+        ),
+    ] = "auto",
 ) -> None:
     """Train what RECIPE says, or resume the run if it has begun.
 
@@ -77,11 +86,12 @@ def train(
       megadit train quickstart
       megadit train quickstart optimizer.lr=2^-8 training.num_images=4096 --run runs/lr8
       megadit train quickstart engine.kind=zero3        # go on under another engine
-      torchrun --nproc-per-node 8 -m megadit train my.yaml engine.kind=fsdp
+      megadit train quickstart --run runs/again --resume runs/quickstart/checkpoints/images-0000004096
+      torchrun --nproc-per-node 8 -m -- megadit train my.yaml engine.kind=fsdp --run runs/a
     """
     from megadit.launcher.train import train as launch_or_join
 
-    raise typer.Exit(launch_or_join(recipe, overrides or [], run))
+    raise typer.Exit(launch_or_join(recipe, overrides or [], run, resume))
 
 
 @app.command()

@@ -15,6 +15,9 @@ def verify_trajectory(
         str | None,
         typer.Option(metavar="NAMES", help="Some of the engines, such as fsdp-2,hsdp-2x2,zero3-4.  [default: all]"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Kill a run on each engine and resume it on each: every ordered pair.")
+    ] = False,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference that passes.")] = 1e-4,
 ) -> None:
     """Check that RECIPE gives the same curve on every engine and number of ranks.
@@ -25,14 +28,19 @@ def verify_trajectory(
     activation checkpointing and reshard_after_forward. In bf16 engines round in different places: give a larger
     tolerance.
 
+    With --resume, a run on each engine is killed between two checkpoints, and copies of it go on on every engine (ten
+    runs are killed and a hundred resumed, unless --only names fewer); the curve after that is compared.
+
     \b
     Examples:
       megadit verify-trajectory quickstart model.width=64 model.depth=2
       megadit verify-trajectory quickstart --only fsdp-2,zero1-2 --steps 10
       megadit verify-trajectory quickstart training.precision=bf16 --tolerance 0.05
+      megadit verify-trajectory quickstart model.width=64 model.depth=2 --resume
     """
-    from megadit.launcher.trajectory import verify_trajectory as verify
+    from megadit.launcher import trajectory
 
+    verify = trajectory.verify_resume if resume else trajectory.verify_trajectory
     code, table = verify(recipe, overrides or [], steps, only, tolerance)
     print(table)
     raise typer.Exit(code)

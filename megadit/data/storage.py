@@ -70,6 +70,9 @@ class Store(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of an object; None when there is none. Raises StorageError."""
 
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing happens when there is none. Raises StorageError."""
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names of the objects that start with `prefix`, sorted. Raises StorageError."""
 
@@ -136,6 +139,10 @@ class FileStore:
                 return (self.root / name).stat().st_size
         except MissingError:
             return None
+
+    def delete(self, name: str) -> None:
+        with self._explained("remove", name):
+            (self.root / name).unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         names = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
@@ -210,6 +217,9 @@ class S3Store:
             self._patiently("", lambda: self._client.head_bucket(Bucket=self.bucket))
             return None
         return head["ContentLength"]
+
+    def delete(self, name: str) -> None:
+        self._patiently(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(name)))
 
     def list(self, prefix: str = "") -> Iterator[str]:
         root = f"{self.prefix}/" if self.prefix else ""

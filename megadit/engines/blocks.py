@@ -4,7 +4,9 @@ Both replace `block.forward` on the instance. Names of parameters stay, and the 
 weights stay outside.
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from megadit.parametrization.spec import ParamSpec
 from megadit.recipe.schema import Engine as EngineSettings
 
 # What selective checkpointing keeps: nearly all of the arithmetic, and little of the memory.
@@ -44,6 +47,15 @@ def prepare_blocks(model: nn.Module, settings: EngineSettings) -> None:
             # fullgraph: too many shapes are an error then, not a silent return to eager mode. The second length of
             # captions makes lengths symbolic, so there are few.
             block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def num_parameters_of_blocks(specs: Iterable[ParamSpec]) -> dict[str, int]:
+    """Name of a block ("blocks.0") -> number of its parameters; "" is what belongs to no block."""
+    sizes: Counter[str] = Counter()
+    for spec in specs:
+        parts = spec.name.split(".")
+        sizes[".".join(parts[:2]) if parts[0] == "blocks" else ""] += math.prod(spec.shape)
+    return dict(sizes)
 
 
 def _checkpointed(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -114,6 +114,7 @@ class TorchEngine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+    @torch.no_grad()  # DTensor.to_local goes through autograd otherwise, which is slow
     def _hand_over_gradients(self) -> list[Tensor]:
         """Give the optimizer's leaves the gradients of the local shards, and return them."""
         gradients = []

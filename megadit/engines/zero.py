@@ -32,13 +32,15 @@ from megadit.engines.base import (
     process_device,
     squared_norms,
 )
-from megadit.engines.blocks import prepare_blocks
+from megadit.engines.blocks import num_parameters_of_blocks, prepare_blocks
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 
 # Several lines a step otherwise: DeepSpeed 0.19 calls collectives by names that torch 2.13 is about to rename.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+MAX_REDUCED = 500_000_000  # parameters whose gradients are collected before they are reduced: DeepSpeed's default
 
 
 class ZeroEngine:
@@ -49,7 +51,7 @@ class ZeroEngine:
         _connect(self.device)
         specs = build_table(recipe)
         self._stage = int(recipe.engine.kind.removeprefix("zero"))
-        config = _config(recipe, self._stage, dist.get_world_size())
+        config = _config(recipe, self._stage, dist.get_world_size(), max(num_parameters_of_blocks(specs).values()))
         self.model = self._build(recipe, config)
         set_multipliers(self.model, specs)
         self._parameters = dict(self.model.named_parameters())
@@ -148,7 +150,7 @@ def _connect(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def _config(recipe: Recipe, stage: int, world_size: int) -> dict[str, Any]:
+def _config(recipe: Recipe, stage: int, world_size: int, block_size: int) -> dict[str, Any]:
     samples_per_rank = recipe.training.batch_size // world_size
     micro_batch = recipe.training.micro_batch_size or samples_per_rank
     bf16 = recipe.training.precision == "bf16"
@@ -163,6 +165,12 @@ def _config(recipe: Recipe, stage: int, world_size: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": stage,
+            # As much at once as FSDP2 holds: the weights of two blocks, the gradients of one. DeepSpeed's own numbers
+            # are for large models: smaller ones would be gathered whole, and all their gradients kept whole.
+            "reduce_bucket_size": min(block_size, MAX_REDUCED),
+            "stage3_prefetch_bucket_size": block_size,
+            "stage3_max_live_parameters": 2 * block_size,
+            "stage3_max_reuse_distance": block_size,
             "offload_optimizer": offload if recipe.engine.cpu_offload != "none" else None,
             "offload_param": offload if recipe.engine.cpu_offload == "all" else None,
             # its own linear layer costs five times the rounding error (1e-5 instead of 2e-6 over 5 steps in fp32)

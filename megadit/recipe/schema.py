@@ -88,7 +88,10 @@ class Training(Node):
     batch_size: PositiveInt  # samples of one optimizer step, over all ranks
     micro_batch_size: PositiveInt | None = None  # samples of one forward pass on one rank; default: no accumulation
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, moments and reductions stay fp32
-    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)
+    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)  # averages: what each keeps at a step
+    # More averages, over the last share of training (EDM2, arXiv 2312.02696): standard deviations of a power function
+    # relative to the length of training so far, such as 0.05 and 0.1. The most, 12^-1/2, weighs all steps alike.
+    ema_power_stds: tuple[Annotated[float, Field(gt=0, le=12**-0.5)], ...] = ()
     log_every_steps: PositiveInt = 10
     # Steps in a row that may be skipped because a loss or a gradient is not finite; the last of them stops the run. A
     # broken sample costs one step and a spike two; what goes on longer comes from the weights or the learning rate.

@@ -1,6 +1,8 @@
 """The process group of a training run, and the few things ranks do together."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,16 +32,18 @@ def process_group(needed: bool, timeout_seconds: float = 600) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not needed:
         yield
         return
-    store = None
+    store: dist.Store | None = None
     if "RANK" not in os.environ:
         store = dist.HashStore()
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _store_of_this_start(timedelta(seconds=timeout_seconds))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=store,
-        rank=0 if store else -1,
-        world_size=1 if store else -1,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
         timeout=timedelta(seconds=timeout_seconds),
     )
     try:
@@ -49,8 +53,38 @@ def process_group(needed: bool, timeout_seconds: float = 600) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def on_first_rank(function: Callable[[], Result]) -> Result:
-    """Run `function` on rank 0 and give its result, or its error, to every rank."""
+def _store_of_this_start(timeout: timedelta) -> dist.Store:
+    """A part of torchrun's store that is new, and the same on every rank.
+
+    The store outlives the ranks: those that torchrun starts again find there the addresses of the dead (pytorch issue
+    135712). TORCHELASTIC_RESTART_COUNT does not tell starts apart, since each node counts its own. So rank 0 makes up
+    a name, and answers whoever asks for it, the dead too, until all the others have said that they know it.
+    """
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store = dist.PrefixStore("megadit", store)
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"question/{rank}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"{name}/known/{rank}", "")
+        return dist.PrefixStore(name, store)
+    others = range(1, world_size)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check([f"{mine}/known/{other}" for other in others]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {world_size} ranks have joined after {timeout.total_seconds():.0f} s")
+        for other in others:
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", mine)
+        time.sleep(0.05)
+    return dist.PrefixStore(mine, store)
+
+
+def on_first_rank(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Run `function` on rank 0 and give its result, or its error, to every rank.
+
+    `group` is another one of all ranks to do so on.
+    """
     if world_size() == 1:
         return function()
     box: list[Any] = [None, None]
@@ -59,7 +93,7 @@ def on_first_rank(function: Callable[[], Result]) -> Result:
             box[0] = function()
         except Exception as error:  # handed to every rank, raised below
             box[1] = error
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise box[1]
     return box[0]

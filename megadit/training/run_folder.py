@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Man
     """Create the folder, or check that it holds the same run: ValueError names the keys that differ and matter."""
     run.mkdir(parents=True, exist_ok=True)
     if (run / "recipe.yaml").exists():
-        _check_same_recipe(run, recipe)
-        _check_same_data(run, manifest)
+        there = load_recipe(run)
+        require_same_recipe(there, recipe, str(run))
+        require_same_data(run, manifest)
+        if changed := recipes.differences(there, recipe):
+            logger.info("these keys are free and were changed: %s", _shown(changed))
     _write(run / "recipe.yaml", recipes.dump(recipe))
     _write(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
     _write(run / "data.json", manifest.dump().decode())
@@ -58,20 +61,27 @@ def load_manifest(run: Path) -> Manifest:
     return Manifest.model_validate_json((run / "data.json").read_text())
 
 
-def _check_same_recipe(run: Path, recipe: Recipe) -> None:
-    changed = recipes.differences(load_recipe(run), recipe)
-    matter = {key: values for key, values in changed.items() if not recipes.is_free(key)}
-    if matter:
-        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in matter.items())
-        raise ValueError(f"{run} holds a run of another recipe ({shown}); continue it as it was, or give another --run")
-    for key, (old, new) in changed.items():
-        logger.info("resuming with %s = %r instead of %r", key, new, old)
+def require_same_recipe(there: Recipe, here: Recipe, place: str) -> None:
+    """Raise ValueError, naming the keys, unless a run of the recipe `there` is one that `here` goes on with."""
+    changed = recipes.differences(there, here)
+    free = {key: values for key, values in changed.items() if recipes.is_free(key)}
+    if matter := {key: values for key, values in changed.items() if key not in free}:
+        aside = f" (these are free and were changed, too: {_shown(free)})" if free else ""
+        raise ValueError(
+            f"{place} holds a run of another recipe; these keys make it another run: {_shown(matter)}{aside}; "
+            f"go on with the recipe that it has, or begin anew in another --run"
+        )
 
 
-def _check_same_data(run: Path, manifest: Manifest) -> None:
+def require_same_data(run: Path, manifest: Manifest) -> None:
+    """Raise ValueError unless `run` was trained on the data of `manifest`."""
     old, new = load_manifest(run).fingerprint, manifest.fingerprint
     if old != new:
         raise ValueError(f"{run} was trained on other data: fingerprint {old[:12]} there, {new[:12]} now")
+
+
+def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
 
 
 def _environment() -> dict[str, Any]:

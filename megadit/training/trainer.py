@@ -17,7 +17,7 @@ from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size, differences
-from megadit.training import checkpoint, run_folder
+from megadit.training import checkpoint, resuming, run_folder
 from megadit.training.ema import Averages
 from megadit.training.ranks import on_every_rank, on_first_rank, process_group, rank, world_size
 from megadit.training.reporter import Reporter, banner
@@ -37,11 +37,14 @@ def end_process(error: Exception) -> None:
     os._exit(1)
 
 
-def train(recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_process) -> int:
+def train(
+    recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_process, resume: str = resuming.AUTO
+) -> int:
     """Train to the end or to a stop signal, continuing what `run` holds. Returns the exit status.
 
     Ranks are those of RANK and WORLD_SIZE, as torchrun sets them; every rank calls this with the same recipe. `end` is
-    called in another thread when the main one hangs, and ends the process.
+    called in another thread when the main one hangs, and ends the process. `resume` says what to begin with, see
+    resuming.py.
     """
     # The watchdog names the rank that hangs; the time-out of the collectives, which would not, must come after it.
     timeout_seconds = max(600, 2 * recipe.training.stall_seconds)
@@ -53,10 +56,11 @@ def train(recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_pr
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
         check_data_fits(recipe, manifest)
+        on_first_rank(lambda: resuming.check(resume, run, recipe, manifest))
         on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
-        return Trainer(recipe, run, engines.build(recipe), stop, end).train()
+        return Trainer(recipe, run, engines.build(recipe), stop, end).train(resume)
 
 
 def require_one_recipe(recipe: Recipe) -> None:
@@ -104,24 +108,24 @@ class Trainer:
         self._engine = engine
         self._stop = stop
         self._objective = objectives.build(recipe, engine.device)
-        self._averages = Averages(engine.shards, recipe.training.ema_rates)
-        self._saver = checkpoint.Saver(run, recipe, engine, self._averages)
-        self._skipped = SkippedSteps(run, engine.shards, recipe.training.max_skipped_steps)
+        self._averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
         self._watchdog = Watchdog(recipe.training.stall_seconds, run / "stalls", end)
+        self._saver = checkpoint.Saver(run, recipe, engine, self._averages, self._watchdog)
+        self._skipped = SkippedSteps(run, engine.shards, recipe.training.max_skipped_steps)
         self._telemetry = Telemetry(recipe, engine.device, self._mark)
         self._images_seen = 0
         self._num_updates = 0  # as many as images seen / batch size, but for steps that were skipped
 
-    def train(self) -> int:
-        self._resume()
+    def train(self, resume: str = resuming.AUTO) -> int:
+        self._resume(resume)
         last_image = self._recipe.training.num_images
         # Any forward pass is progress: a validation is one phase and may take long.
         self._engine.model.register_forward_pre_hook(lambda *_: self._watchdog.mark())
         with (
             Reporter(self._recipe, self._run, self._images_seen, self._telemetry) as reporter,
+            self._watchdog,
             self._saver,  # the last checkpoint is written before the run ends, however it ends
             self._telemetry.watching_optimizers(),
-            self._watchdog,
         ):
             self._telemetry.begin("data")
             for batch in self._batches():
@@ -143,11 +147,11 @@ class Trainer:
     def _mark(self, phase: Phase) -> None:
         self._watchdog.mark(self._images_seen // self._recipe.training.batch_size, phase)
 
-    def _resume(self) -> None:
-        path = self._saver.newest()
+    def _resume(self, resume: str) -> None:
+        path = resuming.starting_point(resume, self._saver, self._run, self._recipe)
         if path is None:
             return
-        header = checkpoint.load(path, self._engine, self._averages)
+        path, header = checkpoint.load_or_before(path, self._engine, self._averages)
         self._images_seen, self._num_updates = header.images_seen, header.num_steps
         if rank() == 0:
             logger.info("resumed from %s", path)
@@ -178,7 +182,7 @@ class Trainer:
             self._skipped.skipped(step, self._images_seen, batch, result)
         else:
             self._skipped.taken()
-            self._averages.update()
+            self._averages.update(step + 1)
             self._num_updates += 1
         self._images_seen += batch_size
         reporter.step(self._images_seen, timestep_B, result, lr_factor(self._recipe, step), self._skipped)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +26,12 @@ STORE_SECONDS = 5.0  # the store is memory of one process: later it does not ans
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last told: how many marks it has passed, and what it was doing."""
+    """What a rank last told: how many marks it has passed, what it was doing, and signs of life in the midst of it."""
 
     marks: int
     step: int
     phase: str
+    signs: int
     number: int  # of the beat: a process that is frozen sends no more
 
     def describe(self) -> str:
@@ -40,6 +41,7 @@ class Beat:
 class Watchdog:
     """Calls `end` with a TimeoutError when this rank has passed no mark for `limit` seconds.
 
+    Something long that goes on gives signs of life; they count for all ranks, of which the others wait for this one.
     Python stacks go to FOLDER/stack-rank-N.txt at half of that time, so that those of all ranks are there.
     Time in which the whole process was frozen (a debugger, a suspended job) does not count.
     """
@@ -50,8 +52,9 @@ class Watchdog:
         self._end = end
         self._interval = min(limit / 10, 5.0)
         self._silence = 0.0
-        self._beat = Beat(0, 0, "start", 0)
+        self._beat = Beat(0, 0, "start", 0, 0)
         self._others: dict[int, tuple[Beat, float]] = {}  # the last beat of each rank, and when a new one was seen
+        self._signs_of_others = 0
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._talk)]
 
@@ -68,15 +71,23 @@ class Watchdog:
     def mark(self, step: int | None = None, phase: str | None = None) -> None:
         """Something moved: `phase` of `step` has begun, or goes on where they are not given."""
         last = self._beat
-        self._beat = Beat(last.marks + 1, last.step if step is None else step, phase or last.phase, last.number)
+        step = last.step if step is None else step
+        self._beat = replace(last, marks=last.marks + 1, step=step, phase=phase or last.phase)
+
+    def alive(self) -> None:
+        """A sign of life: this rank goes on with something of which others do less, or nothing.
+
+        Unlike marks, signs are not compared between ranks. They must come at least every fifth of the limit.
+        """
+        self._beat = replace(self._beat, signs=self._beat.signs + 1)
 
     def _watch(self) -> None:
         """Count the silence by ticks of the clock, and end at the limit."""
-        warned, marks, last = False, -1, time.monotonic()
+        warned, heard, last = False, self._heard(), time.monotonic()
         while not self._stopped.wait(self._interval):
             now = time.monotonic()
-            self._silence = self._silence + min(now - last, 2 * self._interval) if self._beat.marks == marks else 0.0
-            marks, last = self._beat.marks, now
+            self._silence = self._silence + min(now - last, 2 * self._interval) if self._heard() == heard else 0.0
+            heard, last = self._heard(), now
             if self._silence < self._limit / 2:
                 warned = False
             elif not warned:
@@ -86,6 +97,9 @@ class Watchdog:
                 self._end(TimeoutError(self._verdict()))
                 return
 
+    def _heard(self) -> tuple[int, int, int]:
+        return self._beat.marks, self._beat.signs, self._signs_of_others
+
     def _talk(self) -> None:
         """Tell the others; ask them when this rank hears nothing from itself."""
         if world_size() == 1:
@@ -94,8 +108,8 @@ class Watchdog:
             store = _own_connection()
             for number in range(1, 2**62):
                 beat = self._beat
-                store.set(f"{rank()}", json.dumps([beat.marks, beat.step, beat.phase, number]))
-                if self._silence >= self._limit / 2:
+                store.set(f"{rank()}", json.dumps([beat.marks, beat.step, beat.phase, beat.signs, number]))
+                if self._silence >= self._limit / 4:
                     self._ask(store)
                 if self._stopped.wait(self._interval):
                     return
@@ -106,8 +120,11 @@ class Watchdog:
         for other in range(world_size()):
             if other != rank() and store.check([f"{other}"]):
                 beat = Beat(*json.loads(store.get(f"{other}")))
-                if other not in self._others or self._others[other][0].number != beat.number:
+                last, _ = self._others.get(other, (None, 0.0))
+                if last is None or last.number != beat.number:
                     self._others[other] = beat, time.monotonic()
+                if last is not None and last.signs != beat.signs:
+                    self._signs_of_others += 1
 
     def _verdict(self) -> str:
         """Which rank is to blame: one that sends no more, else the one with the fewest marks."""

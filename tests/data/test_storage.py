@@ -35,6 +35,9 @@ def test_write_and_read(root: str) -> None:
     assert list(store.list()) == ["other", "x/one", "x/two"]
     assert list(store.list("x/o")) == ["x/one"]
     assert store.url("x/one") == f"{root}/x/one"
+    for _ in range(2):  # nothing happens where there is nothing
+        store.delete("x/one")
+    assert list(store.list()) == ["other", "x/two"]
 
 
 def test_missing_and_short_objects(root: str) -> None:

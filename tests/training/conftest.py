@@ -44,16 +44,26 @@ class Run:
         assert ours.keys() == theirs.keys()
         return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
+    def assert_continues_as(self, reference: "Run") -> None:
+        """The run that was interrupted has every step once, and ends as the one that was not."""
+        curve, expected = self.curve(), reference.curve()
+        assert curve["step"] == expected["step"]
+        assert curve["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert curve["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert self.validation() == pytest.approx(reference.validation(), rel=1e-5)
+        for kind in ("weight", "ema_0.9"):
+            assert self.largest_difference(reference, kind) < 1e-4
+
 
 @pytest.fixture(scope="session")
 def train(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """Train a recipe on as many ranks as it asks for, in a new folder or in `run`."""
 
-    def start(recipe: Recipe, run: Path | None = None) -> Run:
+    def start(recipe: Recipe, run: Path | None = None, resume: str = "auto") -> Run:
         run = run or tmp_path_factory.mktemp("runs") / "run"
         if recipe.engine.kind == "single":
-            return Run(run, trainer.train(recipe, run))
-        statuses = run_ranks("train.py", recipe.engine.num_ranks, recipe=recipe, run=run)
+            return Run(run, trainer.train(recipe, run, resume=resume))
+        statuses = run_ranks("train.py", recipe.engine.num_ranks, recipe=recipe, run=run, resume=resume)
         assert len(set(statuses)) == 1, statuses
         return Run(run, statuses[0])
 

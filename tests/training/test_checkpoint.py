@@ -1,9 +1,13 @@
 """Checkpoints: any split reads any other, a damaged one is found and never used, a failed write leaves nothing."""
 
+import json
 import logging
 import random
+import re
 import shutil
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ from megadit import engines
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
-from megadit.training.checkpoint import CheckpointError, Saver
+from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents
+from megadit.training.checkpoint.reader import Reader
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
 
@@ -107,7 +112,7 @@ def test_any_range_of_any_split_is_read_back(
         f"weight/{name}": FlatRange.of(values, start, tensors[name].numel())
         for name, (start, _, values) in ranges.items()
     }
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    dcp.load(state, storage_reader=Reader(path), no_dist=True)
     for name, (start, end, values) in ranges.items():
         assert torch.equal(values, tensors[name][start:end])
 
@@ -127,11 +132,11 @@ def test_everything_that_was_saved_is_loaded(three: Path, tiny_recipe: Callable[
 
 
 def cut_short(path: Path) -> str:
-    file = path / "__0_0.distcp"
+    file = path / "rank-0.bin"
     size = file.stat().st_size
     with file.open("r+b") as stream:
         stream.truncate(size - 7)
-    return f"__0_0.distcp has {size - 7} bytes instead of {size}"
+    return f"rank-0.bin has {size - 7} bytes instead of {size}"
 
 
 def flip(file: Path, position: int) -> None:
@@ -141,8 +146,8 @@ def flip(file: Path, position: int) -> None:
 
 
 def flip_in_data(path: Path) -> str:
-    flip(path / "__0_0.distcp", 50_000)
-    return "__0_0.distcp has changed (its CRC-32 differs)"
+    flip(path / "rank-0.bin", 50_000)
+    return "rank-0.bin has changed (its CRC-32 differs)"
 
 
 def flip_in_metadata(path: Path) -> str:
@@ -151,8 +156,8 @@ def flip_in_metadata(path: Path) -> str:
 
 
 def lose_a_file(path: Path) -> str:
-    (path / "__0_0.distcp").unlink()
-    return "__0_0.distcp is missing"
+    (path / "rank-0.bin").unlink()
+    return "rank-0.bin is missing"
 
 
 def half_a_header(path: Path) -> str:
@@ -179,6 +184,53 @@ def test_the_one_before_a_damaged_one_is_used(
     (record,) = [record for record in caplog.records if record.name.startswith("megadit")]
     assert str(folder / NAMES[2]) in record.getMessage()
     assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_loading_finds_damage_and_takes_the_one_before(
+    damage: Callable[[Path], str], folder: Path, tiny_recipe: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one reading; nothing of the damaged one is left in the state."""
+    reason = damage(folder / NAMES[2])
+    other = engines.build(tiny_recipe())
+    averages = Averages(other.shards, [0.9])
+    with pytest.raises(DamageError, match=re.escape(reason)):
+        checkpoint.load(folder / NAMES[2], other, averages)
+    path, header = checkpoint.load_or_before(folder / NAMES[2], other, averages)
+    assert path == folder / NAMES[1]
+    assert (header.images_seen, header.num_steps) == (32, 2)
+    assert reason in caplog.text
+    for name, shard in other.shards.items():
+        first, second = other.moments()[name]
+        found = [shard.values, averages.by_name()["ema_0.9"][name], first, second]
+        assert [values.unique().tolist() for values in found] == [[2.0], [2.5], [-2.0], [4.0]]
+
+
+def test_a_part_of_a_large_extent_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 100 bytes; damage shows where it is in a block that is touched, and only there."""
+    monkeypatch.setattr(extents, "BLOCK_BYTES", 100)
+    data = torch.randint(256, (1050,), dtype=torch.uint8)
+    with (tmp_path / "file").open("wb") as file, ThreadPoolExecutor(2) as pool:
+        file.write(bytes(64))
+        file.flush()
+        extent = extents.write(file.fileno(), "file", 64, data, pool)
+    assert len(extent.crcs) == 11
+    flip(tmp_path / "file", 64 + 450)
+    for start, end in [(0, 400), (0, 1), (399, 400), (500, 1050), (1049, 1050), (730, 731), (560, 890), (7, 7)]:
+        target = torch.zeros(end - start, dtype=torch.uint8)
+        extents.read(tmp_path, [extents.Read(extent, start, end, target)])
+        assert torch.equal(target, data[start:end])
+    for start, end in [(0, 401), (499, 500), (0, 1050), (420, 430)]:
+        with pytest.raises(DamageError, match=r"^file has changed \(its CRC-32 differs\)$"):
+            extents.read(tmp_path, [extents.Read(extent, start, end, torch.zeros(end - start, dtype=torch.uint8))])
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_gone_back_before(folder: Path) -> None:
+    path = folder / NAMES[2] / "checkpoint.json"
+    header = json.loads(path.read_text())["header"] | {"format": 1}
+    path.write_text(json.dumps({"crc32": zlib.crc32(json.dumps(header).encode()), "header": header}))
+    with pytest.raises(CheckpointError, match=r"checkpoint format 1, this version of megadit reads 2; go on with"):
+        checkpoint.newest_valid(folder)
 
 
 def test_a_flipped_bit_anywhere_in_the_header_is_found(folder: Path) -> None:

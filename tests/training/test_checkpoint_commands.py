@@ -38,12 +38,12 @@ def call(*arguments: object, code: int = 0) -> str:
 
 
 def cut_short(run: Path, number: int) -> None:
-    file = run / "checkpoints" / NAMES[number] / "__0_0.distcp"
+    file = run / "checkpoints" / NAMES[number] / "rank-0.bin"
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def flip(run: Path, number: int) -> None:
-    file = run / "checkpoints" / NAMES[number] / "__0_0.distcp"
+    file = run / "checkpoints" / NAMES[number] / "rank-0.bin"
     content = bytearray(file.read_bytes())
     content[-5000] ^= 1
     file.write_bytes(content)
@@ -56,7 +56,7 @@ def test_ls(run: Path) -> None:
     header = checkpoint.read_header(run / "checkpoints" / NAMES[0])
     assert first.split()[:4] == [NAMES[0], "16", "1", f"{header.num_bytes / 1e9:.3f}"]
     assert first.endswith("weight ema_0.9, all files there")
-    assert "damaged: __0_0.distcp has" in second
+    assert "damaged: rank-0.bin has" in second
     assert third.split()[:2] == [NAMES[2], "48"]
     assert "damaged: checkpoint.json cannot be read" in third
 
@@ -64,7 +64,7 @@ def test_ls(run: Path) -> None:
 def test_verify(run: Path) -> None:
     assert call("verify", run) == "".join(f"{name}: whole\n" for name in NAMES)
     flip(run, 1)
-    assert f"{NAMES[1]}: damaged: __0_0.distcp has changed" in call("verify", run, code=1)
+    assert f"{NAMES[1]}: damaged: rank-0.bin has changed" in call("verify", run, code=1)
     assert call("verify", run, "--images", 16) == f"{NAMES[0]}: whole\n"
 
 
@@ -112,7 +112,7 @@ def test_average_is_the_mean_as_torch_takes_it(trained: Path, tmp_path: Path) ->
     ("arguments", "message"),
     [
         (["convert", "--images", 17], r"no checkpoint of 17 images seen; there are: \[16, 32, 48\]"),
-        (["convert", "--images", 32], r"images-0000000032 is damaged: __0_0.distcp has changed"),
+        (["convert", "--images", 32], r"images-0000000032 is damaged: rank-0.bin has changed"),
         (["convert", "--weights", "ema_0.5"], r"no weights 'ema_0\.5'; there are: weight, ema_0\.9"),
         (["average"], r"images-0000000032 is damaged"),
         (["average", "--images", 16], r"at least two checkpoints; given: images-0000000016"),

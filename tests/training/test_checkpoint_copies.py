@@ -1,5 +1,6 @@
 """Copies of checkpoints in S3, over the real protocol: whole or not used, and only by the run that made them."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from megadit import engines
-from megadit.data.storage import open_store
+from megadit.data.storage import StorageError, open_store
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, trainer
@@ -60,7 +61,7 @@ def test_a_run_with_a_checkpoint_of_its_own_goes_on_from_that(
     assert make_saver(tmp_path / "elsewhere").newest() == tmp_path / "elsewhere" / "checkpoints" / NAMES[0]
 
 
-@pytest.mark.parametrize("name", ["checkpoint.json", "__0_0.distcp.00001"])
+@pytest.mark.parametrize("name", ["checkpoint.json", "rank-0.bin.00001"])
 def test_the_copy_before_a_damaged_one_is_used(
     name: str, two_copies: Path, make_saver: Callable[..., Saver], s3_bucket: str, tmp_path: Path
 ) -> None:
@@ -80,6 +81,49 @@ def test_the_copy_of_another_recipe_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now\).*checkpoints\.copy_url"):
         make_saver(tmp_path / "elsewhere", "seed=7").newest()
+
+
+def test_copies_are_kept_as_the_run_keeps_its_own(
+    make_saver: Callable[..., Saver], s3_bucket: str, tmp_path: Path
+) -> None:
+    """And a copy without a header goes with the next one, as it is left when a run is killed while it copies."""
+    store = open_store(f"{s3_bucket}/runs/a")
+    with make_saver(tmp_path / "run", "checkpoints.keep=1", "checkpoints.keep_every_images=40") as saver:
+        for step in range(1, 6):
+            saver.save(16 * step, step)
+            saver.wait()
+            if step == 2:
+                store.put("images-0000000008/rank-0.bin.00000", b"of a killed run")
+    names = {name.split("/")[0] for name in store.list() if "/" in name}
+    assert names == {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"images-0000000048", "images-0000000080"}
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert make_saver(tmp_path / "run").newest() is not None  # whole
+
+
+def test_a_copy_is_none_as_soon_as_its_removal_begins(
+    two_copies: Path,
+    make_saver: Callable[..., Saver],
+    tiny_recipe: Callable[..., Recipe],
+    s3_bucket: str,
+    tmp_path: Path,
+) -> None:
+    """As where the run is killed, or may not remove: here after the first object."""
+    copies_of_run = copies.Copies(f"{s3_bucket}/runs/a", tiny_recipe())
+
+    def lose_connection() -> None:
+        raise StorageError("connection lost")
+
+    with pytest.raises(StorageError, match="connection lost"):
+        copies_of_run.prune(1, None, lose_connection)
+    left = list(open_store(f"{s3_bucket}/runs/a").list(NAMES[0]))
+    assert left
+    assert f"{NAMES[0]}/checkpoint.json" not in left
+    path = make_saver(tmp_path / "elsewhere").newest()
+    assert path is not None
+    assert path.name == NAMES[1]
+    copies_of_run.prune(1, None, lambda: None)
+    assert not list(open_store(f"{s3_bucket}/runs/a").list(NAMES[0]))
 
 
 def test_a_copy_that_fails_is_an_error_only_at_the_end(

@@ -199,6 +199,33 @@ def test_the_rank_that_hangs_is_named(run_ranks: Callable, tmp_path: Path) -> No
     assert "barrier" in (tmp_path / "stack-rank-0.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("hangs", "asynchronous"),
+    [
+        pytest.param(False, False, id="slow"),
+        pytest.param(False, True, id="slow, asynchronous", marks=pytest.mark.slow),
+        pytest.param(True, False, id="hangs", marks=pytest.mark.slow),
+        pytest.param(True, True, id="hangs, asynchronous"),
+    ],
+)
+def test_a_write_may_be_slow_but_must_not_hang(
+    hangs: bool, asynchronous: bool, run_ranks: Callable, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """One of twice the limit, on one rank of two: both wait for it, in the save or at the end."""
+    limit = 4.0
+    recipe = tiny_recipe(*FSDP_2, f"checkpoints.asynchronous={asynchronous}")
+    seconds = limit / 2 if hangs else 2 * limit
+    said = run_ranks("slow_disk.py", 2, recipe=recipe, run=tmp_path, limit=limit, seconds=seconds, hangs=hangs)
+    if not hangs:
+        assert said == [None, None]
+        return
+    told = [text for text in said if text]
+    assert told
+    for text in told:
+        assert text.startswith("rank 1 hangs in the checkpoint of step 1: nothing moved for 4 s"), text
+    assert "slow_write" in (tmp_path / "stalls" / "stack-rank-1.txt").read_text()
+
+
 @contextmanager
 def started(recipe: Path, run: Path, *overrides: str) -> Iterator[psutil.Popen]:
     """`megadit train` as a user starts it, after its first steps; whatever is left of it at the end is killed."""

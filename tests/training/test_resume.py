@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from megadit.training import checkpoint
+from megadit.data.storage import open_store
+from megadit.training import checkpoint, trainer
 
 FSDP_2 = ("engine.kind=fsdp", "engine.num_ranks=2")
 ZERO3_2 = ("engine.kind=zero3", "engine.num_ranks=2")
 ENDLESS = ("training.num_images=1600000", "checkpoints.every_images=1600000", "validation.every_images=1600000")
+TWO_STEPS = ("training.num_images=32", "validation=null", "checkpoints.every_images=32")
 START_SECONDS = 100
 
 
@@ -51,16 +54,6 @@ def wait_for_steps(process: psutil.Popen, run: Path, num_steps: int) -> None:
         time.sleep(0.002)
 
 
-def assert_continues(run: Any, reference: Any) -> None:
-    curve, expected = run.curve(), reference.curve()
-    assert curve["step"] == expected["step"]  # each step once
-    assert curve["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert curve["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    assert run.validation() == pytest.approx(reference.validation(), rel=1e-5)
-    for kind in ("weight", "ema_0.9"):
-        assert run.largest_difference(reference, kind) < 1e-4
-
-
 def test_a_killed_run_continues_on_another_engine(
     train: Callable, tiny_recipe: Callable, tiny_yaml: Path, reference: Any, tmp_path: Path
 ) -> None:
@@ -71,7 +64,7 @@ def test_a_killed_run_continues_on_another_engine(
         kill_all(process)
     interrupted = len((run / "metrics.jsonl").read_text().splitlines())
     assert kill_step <= interrupted < len(reference.curve()["step"])
-    assert_continues(train(tiny_recipe(*ZERO3_2, every), run), reference)
+    train(tiny_recipe(*ZERO3_2, every), run).assert_continues_as(reference)
 
 
 @pytest.mark.parametrize(("first", "then"), [(ZERO3_2, ()), ((), FSDP_2)], ids=["zero3 to single", "single to fsdp"])
@@ -90,7 +83,7 @@ def test_a_run_continues_on_another_number_of_ranks(
     for newer in sorted((run / "checkpoints").iterdir())[2:]:
         shutil.rmtree(newer)
     begun = train(tiny_recipe(*then), run)
-    assert_continues(begun, reference)
+    begun.assert_continues_as(reference)
     assert len(json.loads((run / "environment.json").read_text())) == 2
 
 
@@ -124,3 +117,113 @@ def test_a_finished_run_is_left_as_it_is(
     assert again.status == 0
     assert (again.folder / "metrics.jsonl").read_text() == lines
     assert [path.name for path in again.checkpoints()] == [path.name for path in reference.checkpoints()]
+
+
+# What a run begins with
+
+
+@pytest.mark.parametrize(
+    ("source", "first_step", "way"),
+    [("", 11, ()), ("checkpoints/images-0000000080", 6, FSDP_2)],
+    ids=["a run", "a checkpoint, on two ranks"],
+)
+def test_a_run_begins_with_the_state_of_another(
+    source: str,
+    first_step: int,
+    way: tuple[str, ...],
+    train: Callable,
+    tiny_recipe: Callable,
+    reference: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = shutil.copytree(reference.folder, tmp_path / "other")
+    for newer in sorted((other / "checkpoints").iterdir())[2:]:
+        shutil.rmtree(newer)
+    run = train(tiny_recipe(*way), tmp_path / "run", resume=str(other / source))
+    curve, expected = run.curve(), reference.curve()
+    assert curve["step"] == list(range(first_step, 21))
+    assert curve["loss"] == pytest.approx(expected["loss"][first_step - 1 :], rel=1e-4)
+    assert run.largest_difference(reference, "weight") < 1e-4
+    caplog.set_level("INFO")
+    again = train(tiny_recipe(), tmp_path / "run", resume=str(other / source))  # it has checkpoints of its own now
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'images-0000000320'}" in caplog.text
+    assert again.curve() == curve
+
+
+def test_a_run_begins_with_the_copies_of_another(tiny_recipe: Callable, s3_bucket: str, tmp_path: Path) -> None:
+    url = f"{s3_bucket}/runs/a"
+    assert trainer.train(tiny_recipe(*TWO_STEPS, f"checkpoints.copy_url={url}"), tmp_path / "a") == 0
+    assert trainer.train(tiny_recipe(*TWO_STEPS), tmp_path / "b", resume=url) == 0
+    assert (tmp_path / "b" / "metrics.jsonl").read_text() == ""  # nothing was left to do
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == ["images-0000000032"]
+
+
+def test_never_begins_only_where_there_is_nothing(tiny_recipe: Callable, tmp_path: Path) -> None:
+    copies = f"file://{tmp_path}/copies"
+    recipe = tiny_recipe(*TWO_STEPS, f"checkpoints.copy_url={copies}")
+    assert trainer.train(recipe, tmp_path / "run", resume="never") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(
+        ValueError, match="run has checkpoints, the newest is images-0000000032: go on without --resume"
+    ):
+        trainer.train(recipe, tmp_path / "run", resume="never")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+    with pytest.raises(ValueError, match=f"{copies} has copies of checkpoints: .* another checkpoints.copy_url"):
+        trainer.train(recipe, tmp_path / "elsewhere", resume="never")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("{tmp}/nowhere", r"--resume .*/nowhere: there is no checkpoint; allowed: auto, never, the folder of a run or"),
+        ("file://{tmp}/nowhere", "--resume file:.*/nowhere: there is no copy of a checkpoint; allowed: auto, never, "),
+        ("nver", "--resume nver: there is no checkpoint; allowed: auto, never, "),
+    ],
+)
+def test_a_state_that_is_not_there(resume: str, message: str, tiny_recipe: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer.train(tiny_recipe(), tmp_path / "run", resume=resume.format(tmp=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_matter_are_told_from_those_that_do_not(
+    tiny_recipe: Callable, reference: Any, s3_bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    own = shutil.copytree(reference.folder, tmp_path / "own")
+    open_store(s3_bucket).put("recipe.yaml", (own / "recipe.yaml").read_bytes())
+    open_store(s3_bucket).put("images-0000000080/checkpoint.json", b"{}")
+    other = tiny_recipe("seed=1", "optimizer.lr=2^-8", "checkpoints.keep=1", "engine.compile=true")
+    message = (
+        r" holds a run of another recipe; these keys make it another run: "
+        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now; seed: 0 there, 1 now "
+        r"\(these are free and were changed, too: "
+        r"checkpoints\.keep: 4 there, 1 now; engine\.compile: False there, True now\)"
+    )
+    for run, resume in [("own", "auto"), ("run", str(own)), ("run", s3_bucket)]:
+        place = f"--resume {resume}" if run == "run" else str(own)
+        with pytest.raises(ValueError, match=re.escape(place) + message):
+            trainer.train(other, tmp_path / run, resume=resume)
+    assert not (tmp_path / "run").exists()
+    assert trainer.train(tiny_recipe("checkpoints.keep=1"), own) == 0
+    assert "these keys are free and were changed: checkpoints.keep: 4 there, 1 now" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_or_damaged_is_named(
+    tiny_recipe: Callable, reference: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = shutil.copytree(reference.checkpoints()[0], tmp_path / "alone")
+    with pytest.raises(
+        ValueError,
+        match=r"alone is of another model: \d+ parameters differ: blocks\.0\S* \(\[256\] there, \[384\] here\)",
+    ):
+        trainer.train(tiny_recipe("model.width=96"), tmp_path / "wider", resume=str(alone))
+    assert "no run is around this checkpoint, so its recipe is unknown" in caplog.text
+    data = max(alone.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--resume {alone}: the checkpoint is damaged: {data.name} has changed"):
+        trainer.train(tiny_recipe(), tmp_path / "run", resume=str(alone))

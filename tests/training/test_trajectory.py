@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
-from megadit.launcher.trajectory import verify_trajectory
-from megadit.training.trajectory import WAYS, Difference, table
+from megadit.launcher.trajectory import verify_resume, verify_trajectory
+from megadit.training.trajectory import (
+    MIN_STEPS_TO_RESUME,
+    WAYS,
+    Difference,
+    Killed,
+    kill_step,
+    require_resumed,
+    resume_table,
+    table,
+)
 
 FSDP_2 = ("engine.kind=fsdp", "engine.num_ranks=2")
 ZERO3_2 = ("engine.kind=zero3", "engine.num_ranks=2")
@@ -73,6 +82,59 @@ def test_a_difference_is_named_and_fails() -> None:
     lines = lines_of(table(found, 1e-5, 3))
     assert lines["fsdp", 2].endswith("yes")
     assert lines["hsdp", 4].endswith("NO")
+
+
+# Resumed on another engine
+
+
+def test_the_command_kills_on_one_engine_and_resumes_on_another(tiny_yaml: Path) -> None:
+    code, found = verify_resume(str(tiny_yaml), [], MIN_STEPS_TO_RESUME, "zero2-2", 1e-4)
+    assert code == 0, found
+    lines = found.splitlines()
+    assert lines[1].split()[-2:] == ["single", "zero2-2"]
+    for line, name in zip(lines[2:4], ("single", "zero2-2"), strict=True):
+        killed_on, at_step, from_step, *cells = line.split()
+        assert killed_on == name
+        assert 2 <= int(from_step) < int(at_step) < MIN_STEPS_TO_RESUME  # some steps were lost
+        assert all(float(cell) < 1e-4 for cell in cells)
+    assert lines[4].startswith("4 pairs, all within 0.0001; largest: loss ")
+
+
+def test_too_few_steps_to_resume_are_refused(tiny_yaml: Path) -> None:
+    with pytest.raises(ValueError, match="11 steps are too few to be killed and resumed: give at least 12"):
+        verify_resume(str(tiny_yaml), [], 11, "fsdp-2", 1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [MIN_STEPS_TO_RESUME, 30, 31])
+def test_a_run_is_killed_between_checkpoints(num_steps: int, tiny_recipe: Callable) -> None:
+    every = num_steps // 6
+    steps = [kill_step(name, tiny_recipe(f"seed={seed}"), num_steps) for name in WAYS for seed in range(9)]
+    assert len(set(steps)) >= 3
+    assert all(2 * every < step < num_steps - every and step % every for step in steps)
+
+
+def test_a_run_that_began_anew_is_told_from_one_that_was_resumed(finished: Callable, reference: Any) -> None:
+    anew = finished("engine.kind=fsdp")  # the same curve, at other times
+    require_resumed(reference.folder, reference.folder, 5)
+    with pytest.raises(ValueError, match=r"did not go on after step 5: it has done earlier ones again"):
+        require_resumed(anew.folder, reference.folder, 5)
+
+
+def test_a_pair_that_differs_is_named() -> None:
+    good, bad = Difference(1e-6, 2e-6, 3e-6), Difference(1e-6, 2e-3, float("nan"))
+    found = {"single": Killed(7, 6, {"single": good, "fsdp-2": bad}), "fsdp-2": Killed(8, 6, {"single": good})}
+    lines = resume_table(found, 1e-5, 12).splitlines()
+    assert lines[2].split() == ["single", "7", "6", "3.0e-06", "nan!"]
+    assert lines[4] == "single to fsdp-2: loss 1.0e-06, grad norm 2.0e-03, weights nan"
+    assert lines[5].startswith("3 pairs, 1 NOT within 1e-05")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_ordered_pair(tiny_yaml: Path) -> None:
+    code, found = verify_resume(str(tiny_yaml), [], 30, None, 1e-4)
+    assert code == 0, found
+    assert found.splitlines()[-1].startswith("100 pairs, all within 0.0001")
 
 
 @pytest.mark.slow

@@ -30,11 +30,11 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
 
         found: dict[str, Any] = {"initial": weights(), "losses": [], "norms": []}
         stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
-        for factor in lr_factors:
+        for step, factor in enumerate(lr_factors, 1):
             batch = next(stream)
             timestep_B = objective.timesteps(batch.timestep_uniform)
             result = engine.train_step([lambda m, b=batch, t=timestep_B: objective.losses(m, b, t)], factor)
-            averages.update()
+            averages.update(step)
             found["losses"].append(result.loss_B)
             found["norms"].append(result.grad_norm)
         found["groups"] = [

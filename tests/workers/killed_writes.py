@@ -16,7 +16,6 @@ import torch
 from megadit import engines
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
-from megadit.training.checkpoint.writer import CheckedFile
 from megadit.training.ema import Averages
 from megadit.training.ranks import process_group
 
@@ -121,20 +120,18 @@ def die_before(number: int, folder: Path, log: Path) -> None:
         if (creates or event in CHANGES) and (path.is_relative_to(folder) or not path.is_absolute()):
             operate(f"{event} {path.name}")
 
-    write, sync = CheckedFile.write, os.fsync
+    write, sync = os.pwrite, os.fsync
 
-    def write_in_two(file: CheckedFile, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        name = Path(str(file.name)).name
+    def write_in_two(descriptor: int, data: memoryview, start: int) -> int:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
         operate(f"write {name}")
-        written = write(file, view[: len(view) // 2])
+        written = write(descriptor, data[: len(data) // 2], start)
         operate(f"write the rest of {name}")
-        return written + write(file, view[len(view) // 2 :])
+        return written + write(descriptor, data[len(data) // 2 :], start + written)
 
     def noted_sync(descriptor: int) -> None:
         operate("os.fsync")
         sync(descriptor)
 
-    CheckedFile.write = write_in_two  # type: ignore[method-assign]
-    os.fsync = noted_sync
+    os.pwrite, os.fsync = write_in_two, noted_sync
     sys.addaudithook(audit)

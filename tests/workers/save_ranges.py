@@ -20,5 +20,5 @@ def main(tensors: dict[str, Tensor], ranges: list[dict[str, tuple[int, int]]], f
             start, end = ranges[dist.get_rank()][name]
             state[f"weight/{name}"] = FlatRange.of(whole[start:end].clone(), start, whole.numel())
         shapes = {name: list(whole.shape) for name, whole in tensors.items()}
-        header = Header(FORMAT, images_seen=0, num_steps=0, shapes=shapes, averages=[], files={})
-        dcp.save(state, storage_writer=Writer(folder, header))
+        header = Header(FORMAT, images_seen=0, num_steps=0, shapes=shapes, averages=[], files={}, index_crc=0)
+        dcp.save(state, storage_writer=Writer(folder, header, lambda: None))

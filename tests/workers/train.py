@@ -6,5 +6,5 @@ from megadit.recipe import Recipe
 from megadit.training import trainer
 
 
-def main(recipe: Recipe, run: Path) -> int:
-    return trainer.train(recipe, run)
+def main(recipe: Recipe, run: Path, resume: str = "auto") -> int:
+    return trainer.train(recipe, run, resume=resume)

@@ -1,14 +1,16 @@
 """A second copy of each checkpoint in S3, and a first one from there where a run has none.
 
     COPY_URL/recipe.yaml                              of the run, so that no other run resumes from its checkpoints
-    COPY_URL/images-0000012800/__0_0.distcp.00000     files in pieces, which `cat` joins: one PUT takes 5 GB at most
+    COPY_URL/images-0000012800/rank-0.bin.00000       files in pieces, which `cat` joins: one PUT takes 5 GB at most
     COPY_URL/images-0000012800/checkpoint.json        the header, last: without it a copy is not whole
 
-Copies stay: give the bucket a rule for their age. Rank 0 sends them all, several pieces at a time.
+Rank 0 sends them all, several pieces at a time, and removes those that the run keeps no longer, the header first. What
+has no header, as a copy that was broken off, goes with them.
 """
 
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from megadit.data.storage import MissingError, Store, open_store
 from megadit.recipe import Recipe
 from megadit.training.checkpoint import files
 from megadit.training.checkpoint.files import HEADER, PARTIAL, CheckpointError
+from megadit.training.checkpoint.reader import find_damage
 
 PIECE_BYTES = 2**27
 NUM_THREADS = 4  # pieces in memory at a time
@@ -33,16 +36,30 @@ class Copies:
         self._store: Store = open_store(url)
         self._recipe = recipe
 
-    def send(self, path: Path) -> None:
-        """Copy a whole checkpoint. Raises StorageError."""
+    def send(self, path: Path, progress: Callable[[], object]) -> None:
+        """Copy a whole checkpoint; `progress` is called for every piece. Raises StorageError."""
         self._store.put(RECIPE, recipes.dump(self._recipe).encode())
         pieces = [
-            (path / name, start) for name, (size, _) in files.read_header(path).files.items() for start in _starts(size)
+            (path / name, start) for name, size in files.read_header(path).files.items() for start in _starts(size)
         ]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for _ in pool.map(lambda piece: self._send_piece(*piece), pieces):
-                pass
+                progress()
         self._store.put(f"{path.name}/{HEADER}", (path / HEADER).read_bytes())
+
+    def prune(self, keep: int, keep_every_images: int | None, progress: Callable[[], object]) -> None:
+        """Remove all but the newest `keep` and the first of each interval of images, and what is no whole copy.
+
+        `progress` is called for every object. Raises StorageError, after which what is left to remove is no copy.
+        """
+        names = list(self._store.list("images-"))
+        whole = [Path(name).parent for name in names if name.endswith(f"/{HEADER}")]
+        doomed = files.superfluous(whole, keep, keep_every_images)
+        kept = {path.name for path in whole if path not in doomed}
+        for name in sorted(names, key=lambda name: (not name.endswith(f"/{HEADER}"), name)):
+            if name.split("/")[0] not in kept:
+                self._store.delete(name)
+                progress()
 
     def fetch_newest(self, folder: Path) -> Path | None:
         """Bring the newest whole copy into a folder of checkpoints; None when there are no copies.
@@ -76,7 +93,7 @@ class Copies:
         content = self._store.get(f"{name}/{HEADER}")
         try:
             header = files.parse_header(content, self._store.url(name))
-            for file, (size, _) in header.files.items():
+            for file, size in header.files.items():
                 with (partial / file).open("wb") as stream:
                     for start in _starts(size):
                         stream.write(self._store.get(_piece(name, file, start)))
@@ -87,7 +104,7 @@ class Copies:
         (partial / HEADER).write_bytes(content)
         for path in partial.iterdir():
             files.sync(path)
-        return files.find_damage(partial)
+        return find_damage(partial)
 
     def _check_same_recipe(self) -> None:
         there = recipes.parse(yaml.safe_load(self._store.get(RECIPE)), self._store.url(RECIPE))

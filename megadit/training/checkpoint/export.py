@@ -18,6 +18,7 @@ from megadit.training import run_folder
 from megadit.training.checkpoint import files
 from megadit.training.checkpoint.files import CheckpointError
 from megadit.training.checkpoint.loading import newest_valid, read_tensors
+from megadit.training.checkpoint.reader import find_damage
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +65,7 @@ def _whole(run: Path, images: Sequence[int]) -> list[Path]:
     """The checkpoints that are asked for, each read to the last byte."""
     paths = files.existing(run, images)
     for path in paths:
-        if damage := files.find_damage(path):
+        if damage := find_damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
     return paths
 

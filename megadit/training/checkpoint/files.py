@@ -5,20 +5,21 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 HEADER, METADATA = "checkpoint.json", ".metadata"
 PARTIAL = ".partial-"  # before the name of a checkpoint that is not whole yet
-BLOCK_BYTES = 2**22
-VERIFY_THREADS = 4  # zlib lets other threads run
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint that is not as it was written; the one before may be."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class Header:
     num_steps: int
     shapes: dict[str, list[int]]  # of the parameters, by name
     averages: list[str]
-    files: dict[str, list[int]]  # name -> [bytes, CRC-32]
+    files: dict[str, int]  # name -> bytes
+    index_crc: int  # CRC-32 of .metadata, which has those of the data files
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files that the header lists."""
-        return sum(size for size, _ in self.files.values())
+        return sum(self.files.values())
 
 
 def folder_name(images_seen: int) -> str:
@@ -78,41 +80,31 @@ def parse_header(content: bytes, path: object) -> Header:
         raise ValueError(f"{HEADER} of {path} has changed: its CRC-32 differs")
     tree = sealed["header"]
     if tree.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {tree.get('format')}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path}: checkpoint format {tree.get('format')}, this version of megadit reads {FORMAT}; "
+            f"go on with the version that wrote it, or start anew in another --run"
+        )
     return Header(**tree)
 
 
-def find_damage(path: Path, part: int = 0, num_parts: int = 1, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None.
+def checked_header(path: Path) -> Header:
+    """The header of a checkpoint of which every file is there and has its size.
 
-    Args:
-        part: look at every `num_parts`-th file only, from this one on, so that ranks can share the work.
-        contents: compare CRCs, which reads every byte; otherwise only sizes.
-
-    Raises:
-        CheckpointError: it may well be whole, but not for this version.
+    Raises DamageError, and CheckpointError where it may well be whole, but not for this version.
     """
     try:
         header = read_header(path)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
-        return f"{HEADER} cannot be read ({error})"
-    mine = sorted(header.files.items())[part::num_parts]
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        found = pool.map(lambda item: _damage_of_file(path / item[0], item[1], contents), mine)
-        return next(filter(None, found), None)
-
-
-def _damage_of_file(file: Path, expected: Sequence[int], contents: bool) -> str | None:
-    num_bytes, crc = expected
-    if not file.is_file():
-        return f"{file.name} is missing"
-    if file.stat().st_size != num_bytes:
-        return f"{file.name} has {file.stat().st_size} bytes instead of {num_bytes}"
-    if contents and crc32(file) != crc:
-        return f"{file.name} has changed (its CRC-32 differs)"
-    return None
+        raise DamageError(f"{HEADER} cannot be read ({error})") from None
+    for name, num_bytes in header.files.items():
+        file = path / name
+        if not file.is_file():
+            raise DamageError(f"{name} is missing")
+        if file.stat().st_size != num_bytes:
+            raise DamageError(f"{name} has {file.stat().st_size} bytes instead of {num_bytes}")
+    return header
 
 
 def make_partial(partial: Path) -> None:
@@ -124,11 +116,17 @@ def make_partial(partial: Path) -> None:
 
 def seal(partial: Path, header: Header) -> None:
     """Write the header, last, and publish."""
-    with (partial / HEADER).open("w") as file:
-        json.dump({"crc32": _crc32_of_tree(asdict(header)), "header": asdict(header)}, file)
+    content = json.dumps({"crc32": _crc32_of_tree(asdict(header)), "header": asdict(header)})
+    write_synced(partial / HEADER, content.encode())
+    publish(partial)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """A new file that is on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    publish(partial)
 
 
 def publish(partial: Path) -> Path:
@@ -144,15 +142,19 @@ def publish(partial: Path) -> Path:
     return final
 
 
+def superfluous(paths: Sequence[Path], keep: int, keep_every_images: int | None) -> list[Path]:
+    """All checkpoints but the newest `keep` and the first of every interval of `keep_every_images` images."""
+    newest = sorted(paths, reverse=True)[:keep]
+    kept = {*newest, *_first_of_intervals(paths, keep_every_images)}
+    return [path for path in paths if path not in kept]
+
+
 def prune(folder: Path, keep: int, keep_every_images: int | None) -> None:
-    """Remove all but the newest `keep` and the first of every interval of `keep_every_images` images."""
-    paths = newest_first(folder)
-    kept = {*paths[:keep], *_first_of_intervals(paths, keep_every_images)}
-    for path in paths:
-        if path not in kept:
-            doomed = path.with_name(f"{PARTIAL}{path.name}")  # at once; a kill would leave half of it otherwise
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+    """Remove the superfluous checkpoints of a folder."""
+    for path in superfluous(newest_first(folder), keep, keep_every_images):
+        doomed = path.with_name(f"{PARTIAL}{path.name}")  # at once; a kill would leave half of it otherwise
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _first_of_intervals(paths: Iterable[Path], images: int | None) -> list[Path]:
@@ -164,15 +166,6 @@ def _first_of_intervals(paths: Iterable[Path], images: int | None) -> list[Path]
         return []
     first = {images_seen(path) // images: path for path in sorted(paths, reverse=True)}
     return [path for number, path in first.items() if number > 0]
-
-
-def crc32(file: Path) -> int:
-    """The CRC-32 of a file."""
-    crc = 0
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(BLOCK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def _crc32_of_tree(tree: Any) -> int:

@@ -3,20 +3,24 @@
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megadit.engines.base import Engine
 from megadit.training.checkpoint import files
-from megadit.training.checkpoint.files import CheckpointError, Header
+from megadit.training.checkpoint.files import CheckpointError, DamageError, Header
+from megadit.training.checkpoint.reader import Reader, find_damage
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
 from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
+Used = TypeVar("Used")
 logger = logging.getLogger(__name__)
 # Here once and not around the calls: those of a thread would change the filters of the others.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
@@ -44,44 +48,97 @@ def newest_valid(folder: Path) -> Path | None:
     Called by all ranks together, which share the reading. None where there are no checkpoints. Raises CheckpointError
     when there are some and none is whole.
     """
-    damage = None
-    for path in on_first_rank(lambda: files.newest_first(folder)):
-        damage = _damage_found_by_any_rank(path)
-        if damage is None:
-            return path
-        if rank() == 0:
-            logger.warning("checkpoint %s is damaged: %s; trying the one before", path, damage)
-    if damage is None:
-        return None
+
+    def verify(path: Path) -> None:
+        found = on_every_rank(lambda: find_damage(path, rank(), world_size()))
+        if damage := next(filter(None, found), None):
+            raise DamageError(damage)
+
+    paths = on_first_rank(lambda: files.newest_first(folder))
+    return _first_whole(paths, verify)[0] if paths else None
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """As `newest_valid`, but only the sizes of files are looked at: for `load_or_before`, which looks at the rest."""
+
+    def look(path: Path) -> None:
+        if damage := find_damage(path, contents=False):
+            raise DamageError(damage)
+
+    def find() -> Path | None:
+        paths = files.newest_first(folder)
+        return _first_whole(paths, look)[0] if paths else None
+
+    return on_first_rank(find)
+
+
+def load_or_before(path: Path, engine: Engine, averages: Averages) -> tuple[Path, Header]:
+    """`load` a checkpoint of a folder or, where reading shows that it is damaged, the newest whole one before it.
+
+    Raises CheckpointError where none is.
+    """
+    before = on_first_rank(lambda: [other for other in files.newest_first(path.parent) if other.name < path.name])
+    return _first_whole([path, *before], lambda candidate: load(candidate, engine, averages))
+
+
+def _first_whole(paths: Sequence[Path], use: Callable[[Path], Used]) -> tuple[Path, Used]:
+    """The first checkpoint of which `use` does not raise DamageError, and its result; what is damaged is logged."""
+    for path in paths:
+        try:
+            return path, use(path)
+        except DamageError as error:
+            damage = str(error)
+            if rank() == 0:
+                logger.warning("checkpoint %s is damaged: %s; trying the one before", path, damage)
     raise CheckpointError(
-        f"no checkpoint in {folder} is whole (the oldest: {damage}); restore one, or start anew in another --run"
+        f"no checkpoint in {path.parent} is whole (the oldest: {damage}); restore one, or start anew in another --run"
     )
 
 
-def _damage_found_by_any_rank(path: Path) -> str | None:
-    found = on_every_rank(lambda: files.find_damage(path, rank(), world_size()))
-    return next(filter(None, found), None)
-
-
 def load(path: Path, engine: Engine, averages: Averages) -> Header:
-    """Restore weights, moments, averages and the step count from a checkpoint of any engine and world size."""
-    header = files.read_header(path)
+    """Restore weights, moments, averages and the step count from a checkpoint of any engine and world size.
+
+    Verifies what it reads: raises DamageError on every rank, with a part of the state restored, when any finds damage.
+    Raises CheckpointError when it is of another model.
+    """
+    reader = _first_error_for_all(lambda: Reader(path))
+    header = reader.header
     _check_same_model(path, header, engine)
-    dcp.load(state_of(engine, averages), storage_reader=dcp.FileSystemReader(path), no_dist=world_size() == 1)
+    _read(state_of(engine, averages), reader, no_dist=world_size() == 1)
     engine.weights_written()
     engine.set_num_steps(header.num_steps)
     return header
 
 
+def _first_error_for_all(function: Callable[[], Used]) -> Used:
+    """The result on this rank of a function that every rank calls; the first rank's error on every rank."""
+    results: list[Used] = []
+    on_every_rank(lambda: results.append(function()))
+    return results[0]
+
+
 def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
-    """All tensors of one kind ("weight" or an average's name), whole, in one process, by parameter name."""
-    header = files.read_header(path)
+    """All tensors of one kind ("weight" or an average's name), whole, in one process, by parameter name.
+
+    Raises DamageError, and CheckpointError when it holds no such kind.
+    """
+    reader = Reader(path)
+    header = reader.header
     if kind not in ("weight", *header.averages):
         raise CheckpointError(f"{path} holds no weights {kind!r}; there are: weight, {', '.join(header.averages)}")
     values = {name: torch.empty(shape) for name, shape in header.shapes.items()}
     ranges = {f"{kind}/{n}": FlatRange.of(v.view(-1), 0, v.numel()) for n, v in values.items()}
-    dcp.load(ranges, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    _read(ranges, reader, no_dist=True)
     return values
+
+
+def _read(state: dict[str, FlatRange], reader: Reader, no_dist: bool) -> None:
+    """Raises DamageError where any rank found damage, otherwise the first error of any rank."""
+    try:
+        dcp.load(dict(state), storage_reader=reader, no_dist=no_dist)
+    except CheckpointException as error:
+        causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+        raise next((cause for cause in causes if isinstance(cause, DamageError)), causes[0]) from None
 
 
 def _check_same_model(path: Path, header: Header, engine: Engine) -> None:

@@ -3,8 +3,8 @@
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,33 +21,42 @@ from megadit.recipe import Recipe
 from megadit.training.checkpoint import files
 from megadit.training.checkpoint.copies import Copies
 from megadit.training.checkpoint.files import FORMAT, CheckpointError, Header
-from megadit.training.checkpoint.loading import newest_valid, state_of
+from megadit.training.checkpoint.loading import newest_complete, state_of
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
 from megadit.training.ranks import on_first_rank, rank
+from megadit.training.watchdog import Watchdog
 
-LONGEST_WRITE = timedelta(days=1)  # ranks wait for the slowest writer and, in the next save, for rank 0's copy to S3
+LONGEST_WRITE = timedelta(days=1)  # ranks wait for the slowest writer and for rank 0's copy to S3
+POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 
 class Saver:
     """Writes the checkpoints of a run into RUN/checkpoints; a context, which ends when the last one is written.
 
-    Every method is called by all ranks together. With `checkpoints.asynchronous`, `save` copies this rank's state to
-    buffers in the memory of the CPU, made at the first save, and a thread writes them while training goes on. The
-    thread talks to those of the other ranks over a gloo group of its own: two threads that share one abort it.
+    Every method is called by all ranks together. A thread writes, and talks to those of the other ranks over a gloo
+    group of its own: two threads that share one abort it. With `checkpoints.asynchronous`, `save` copies this rank's
+    state to buffers in the memory of the CPU, made at the first save, and training goes on while they are written;
+    otherwise `save` waits.
+
+    Waiting for a write is no stall while bytes go to the disk or to the copy: the watchdog is told of them.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, engine: Engine, averages: Averages) -> None:
+    def __init__(
+        self, run: Path, recipe: Recipe, engine: Engine, averages: Averages, watchdog: Watchdog | None = None
+    ) -> None:
         self._folder = run / "checkpoints"
         self._settings = recipe.checkpoints
         self._engine, self._averages = engine, averages
+        self._watchdog = watchdog
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if dist.is_initialized() else None
         self._copies = Copies(self._settings.copy_url, recipe) if self._settings.copy_url else None
-        self._copy_failure: StorageError | None = None  # of the newest checkpoint, on rank 0
+        self._copy_failure: StorageError | None = None  # of the newest checkpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._in_flight: Future[None] | None = None
+        self._in_flight: tuple[Future[None], Writer] | None = None
+        self._num_pieces = 0  # of data that the thread has written or copied
         self._buffers: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Saver":
@@ -59,7 +68,7 @@ class Saver:
         try:
             self.wait()
             if error is None:
-                on_first_rank(self._require_copy)
+                self._require_copy()
         except Exception as failure:
             if error is None:
                 raise
@@ -68,8 +77,11 @@ class Saver:
             self._thread.shutdown()
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint of the run, brought here from its copies when the run has none at all."""
-        found = newest_valid(self._folder)
+        """The newest checkpoint of the run with all its files, brought here from its copies when it has none at all.
+
+        For `load_or_before`: what is in the files is not looked at.
+        """
+        found = newest_complete(self._folder)
         if found is None and self._copies is not None:
             copies = self._copies
             found = on_first_rank(lambda: copies.fetch_newest(self._folder))
@@ -90,21 +102,29 @@ class Saver:
             shapes={name: list(shard.shape) for name, shard in self._engine.shards.items()},
             averages=list(self._averages.by_name()),
             files={},
+            index_crc=0,
         )
-        writer = Writer(self._folder, header)
+        writer = Writer(self._folder, header, self._count)
         state = state_of(self._engine, self._averages)
-        if not self._settings.asynchronous:
-            self._write(state, writer, started)
-            return
-        staged = self._stage(state)
-        stall = time.perf_counter() - started
-        self._in_flight = self._thread.submit(self._write, staged, writer, time.perf_counter(), stall)
+        if self._settings.asynchronous:
+            state = self._stage(state)
+            stall = time.perf_counter() - started
+            self._in_flight = self._thread.submit(self._write, state, writer, time.perf_counter(), stall), writer
+        else:
+            self._in_flight = self._thread.submit(self._write, state, writer, started), writer
+            self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises CheckpointError as `save` does."""
-        if self._in_flight is not None:
-            in_flight, self._in_flight = self._in_flight, None
-            in_flight.result()
+        """Return when nothing is being written or copied. Raises CheckpointError as `save` does."""
+        if self._in_flight is None:
+            return
+        (write, writer), self._in_flight = self._in_flight, None
+        if self._watchdog is not None:
+            _watch(self._watchdog, write, writer, lambda: self._num_pieces)
+        write.result()
+
+    def _count(self) -> None:
+        self._num_pieces += 1
 
     def _require_copy(self) -> None:
         if self._copy_failure is not None:
@@ -129,7 +149,7 @@ class Saver:
     def _write(
         self, state: Mapping[str, FlatRange], writer: Writer, started: float, stall: float | None = None
     ) -> None:
-        """Write, publish and prune. `stall` is how long the loop stood still, None for the whole time."""
+        """Write, publish, prune and copy. `stall` is how long the loop stood still, None for the whole time."""
         try:
             dcp.save(dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except (OSError, CheckpointException) as error:
@@ -148,19 +168,40 @@ class Saver:
                 seconds,
                 seconds if stall is None else stall,
             )
-            files.prune(self._folder, self._settings.keep, self._settings.keep_every_images)
-            self._copy(writer.final)
+        self._copy_failure = on_first_rank(lambda: self._keep_and_copy(writer.final), self._group)
 
-    def _copy(self, path: Path) -> None:
+    def _keep_and_copy(self, path: Path) -> StorageError | None:
         """A copy that fails is no reason to stop while the next one may succeed: only the last one is an error."""
+        files.prune(self._folder, self._settings.keep, self._settings.keep_every_images)
         if self._copies is None:
-            return
+            return None
         try:
-            self._copies.send(path)
-            self._copy_failure = None
+            self._copies.send(path, self._count)
         except StorageError as error:
             logger.warning("checkpoint %s could not be copied: %s", path.name, error)
-            self._copy_failure = error
+            return error
+        try:
+            self._copies.prune(self._settings.keep, self._settings.keep_every_images, self._count)
+        except StorageError as error:
+            logger.warning("old copies of checkpoints could not be removed: %s", error)
+        return None
+
+
+def _watch(watchdog: Watchdog, write: "Future[None]", writer: Writer, num_pieces: Callable[[], int]) -> None:
+    """Return when the write is done; meanwhile tell the watchdog what moves.
+
+    The mark is one for each write on every rank, so that a rank whose disk hangs is behind the others.
+    """
+    seen, marked = num_pieces(), False
+    while not wait([write], POLL_SECONDS).done:
+        if num_pieces() != seen:
+            seen = num_pieces()
+            watchdog.alive()
+        if writer.wrote_own_file and not marked:
+            watchdog.mark()
+            marked = True
+    if not marked:
+        watchdog.mark()
 
 
 def _first_cause(error: BaseException) -> str:

@@ -1,122 +1,105 @@
 """From tensors to a whole checkpoint, as one save of torch.distributed.checkpoint (DCP).
 
 DCP's steps are all that is needed to agree: plans are gathered by the first rank, which then makes the folder; every
-rank writes its file and returns its size and CRC-32 with the results; the first rank, which gets them only when every
-rank has succeeded, seals the checkpoint. An error in any step on any rank reaches all. DCP also sees to it that a
-range that several ranks own (HSDP's replicas) is written by one of them.
+rank writes its file and returns the extents, CRC-32s included; the first rank, which gets them only when every rank
+has succeeded, seals the checkpoint. An error in any step on any rank reaches all. DCP also sees to it that a range
+that several ranks own (HSDP's replicas) is written by one of them.
 """
 
-import io
+import concurrent.futures
+import os
+import pickle
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megadit.training.checkpoint import files
-from megadit.training.checkpoint.files import Header
+from megadit.training.checkpoint import extents, files
+from megadit.training.checkpoint.files import METADATA, Header
 
-DATA_SUFFIX = ".distcp"
-BUFFER_BYTES = 2**17
+SYNC_BYTES = 2**27  # written before the disk is told to take them: it works meanwhile, and the last sync is short
 
 
-class Writer(dcp.FileSystemWriter):
+class Writer(dcp.StorageWriter):
     """Writes one checkpoint into `folder`: under a temporary name until every rank is done.
 
-    `header` lists no files yet; on the first rank it is complete after the save.
+    `header` lists no files yet; on the first rank it is complete after the save. `progress` is called for every
+    tensor that is written, in the thread that saves.
     """
 
-    def __init__(self, folder: Path, header: Header) -> None:
+    def __init__(self, folder: Path, header: Header, progress: Callable[[], object]) -> None:
         self.final = folder / files.folder_name(header.images_seen)
         self.partial = folder / f"{files.PARTIAL}{self.final.name}"
         self.header = header
-        super().__init__(self.partial, single_file_per_rank=True, sync_files=True)
-        self._sums: dict[str, list[int]] = {}
-        self.fs = _CheckedFiles(self._sums)
+        self.wrote_own_file = False
+        self._progress = progress
+        self._names: list[str] = []  # of the files of all ranks, on the first one
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Touches no disk: the first rank makes the folder, once all plans are there."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank, before any writes."""
+        """On the first rank, before any writes: the name of each rank's file."""
         files.make_partial(self.partial)
-        return super().prepare_global_plan(plans)
+        self._names = [f"rank-{rank}.bin" for rank in range(len(plans))]
+        return [replace(plan, storage_data=name) for plan, name in zip(plans, self._names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """On every rank. Raises OSError where the disk is full: torch's zip writer says "unexpected pos 704 vs 598"."""
-        try:
-            results = super().write_data(plan, planner).value()
-        except RuntimeError as error:
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise (cause or error) from None
+        """On every rank: the ranges of its plan, one after the other, in one file. Raises OSError."""
+        results: list[WriteResult] = []
+        syncs: list[concurrent.futures.Future[None]] = []
+        end = 0
+        path = self.partial / plan.storage_data
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(extents.NUM_THREADS + 1) as pool:
+            for item in plan.items:
+                values = planner.resolve_data(item)
+                assert isinstance(values, torch.Tensor) and values.dtype == torch.float32
+                data = values.detach().cpu().view(torch.uint8)
+                extent = extents.write(file.fileno(), path.name, end, data, pool)
+                results.append(WriteResult(item.index, extent.num_bytes, extent))
+                end += extent.num_bytes
+                self._progress()
+                if end >= SYNC_BYTES * (len(syncs) + 1):
+                    syncs.append(pool.submit(os.fdatasync, file.fileno()))
+            for sync in syncs:
+                sync.result()
+            os.fsync(file.fileno())
+        self.wrote_own_file = True
         done: Future[list[WriteResult]] = Future()
-        done.set_result(_Written(results, self._sums))
+        done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank, when every rank has written."""
-        super().finish(metadata, results)
-        sums = {name: entry for part in results if isinstance(part, _Written) for name, entry in part.sums.items()}
-        index = self.partial / files.METADATA
-        sums[index.name] = [index.stat().st_size, files.crc32(index)]
-        self.header = replace(self.header, files=sums)
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        index = pickle.dumps(metadata)
+        files.write_synced(self.partial / METADATA, index)
+        sizes = Counter(dict.fromkeys(self._names, 0) | {METADATA: len(index)})
+        for extent in metadata.storage_data.values():
+            sizes[extent.file] += extent.num_bytes
+        self.header = replace(self.header, files=dict(sizes), index_crc=zlib.crc32(index))
         files.seal(self.partial, self.header)
 
+    # What DCP asks of a writer besides
 
-class _Written(list[WriteResult]):
-    """What one rank wrote, with size and CRC-32 of its files."""
+    def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
+        pass
 
-    def __init__(self, results: list[WriteResult], sums: dict[str, list[int]]) -> None:
-        super().__init__(results)
-        self.sums = sums
+    def reset(self, checkpoint_id: str | PathLike[str] | None = None) -> None:
+        pass
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Written, (list(self), self.sums)
-
-
-class _CheckedFiles(FileSystem):
-    """The file system, noting [size, CRC-32] of each file that is written."""
-
-    def __init__(self, sums: dict[str, list[int]]) -> None:
-        self._sums = sums
-
-    @contextmanager
-    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        assert mode == "wb", mode
-        file = CheckedFile(path, "w")
-        if Path(path).suffix != DATA_SUFFIX:
-            with file:  # DCP syncs its index without flushing it
-                yield file
-            return
-        with io.BufferedWriter(file, BUFFER_BYTES) as stream:  # torch.save makes 26 writes for a tensor
-            yield stream
-        self._sums[Path(path).name] = [file.num_bytes, file.crc]
-
-
-class CheckedFile(io.FileIO):
-    """A file that counts what it is given: reading it again for its CRC would take as long as writing it."""
-
-    num_bytes = 0
-    crc = 0
-
-    def write(self, data: Any) -> int:
-        """All of `data`. Raises OSError when the disk is full."""
-        rest = memoryview(data).cast("B")
-        length = len(rest)
-        self.crc = zlib.crc32(rest, self.crc)
-        while rest:
-            rest = rest[super().write(rest) :]
-        self.num_bytes += length
-        return length
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:
+        return True

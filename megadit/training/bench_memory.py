@@ -1,0 +1,156 @@
+"""The memory of sharded training on this machine's processors, beside what `planning/memory.py` predicts.
+
+`python -m megadit.training.bench_memory [RECIPE] [KEY=VALUE ...] [--ranks 1,2,4] [--engines fsdp,zero3]`. Each row is
+a new set of processes that train a few steps on synthetic data. Measured is the most resident memory of a rank above
+what it held before its engine was built, and after a small model of the same family was trained: libraries and code
+do not count. Linux only. glibc gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), as allocators of GPUs
+would use it again.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+
+import torch
+
+from megadit import engines, objectives, recipe as recipes
+from megadit.planning.memory import predict
+from megadit.recipe import Recipe
+from megadit.training.ema import Averages
+from megadit.training.memory import peak_bytes, reset_peak
+from megadit.training.ranks import process_group
+from megadit.training.synthetic import synthetic_batch
+
+DEFAULTS = (  # 36 million parameters with the quickstart: states outweigh what does not shrink with the ranks
+    "model.width=512",
+    "training.num_images=8",
+    "training.batch_size=8",
+    "data.num_streams=8",
+    "engine.reshard_after_forward=true",
+)
+# Name -> engine.kind, engine.num_replicas.
+ENGINES = {"fsdp": ("fsdp", 1), "hsdp": ("fsdp", 2), "zero3": ("zero3", 1)}
+TEXT_TOKENS = 16
+NUM_STEPS = 3
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+MIB = 2**20
+CPU = torch.device("cpu")
+ITEMS = ("weights", "moments", "averages", "gradients", "gathered", "activations")
+
+
+def compare(source: str, overrides: Sequence[str], names: Sequence[str], ranks: Sequence[int]) -> str:
+    """The table that the command prints, all figures in MiB of the rank that holds most.
+
+    Raises ValueError for an engine that is not in ENGINES and what the recipe refuses.
+    """
+    rows: list[tuple[str, ...]] = [("engine", "ranks", *ITEMS, "predicted", "measured", "ratio")]
+    for name in names:
+        if name not in ENGINES:
+            raise ValueError(f"{name!r} is not one of {', '.join(ENGINES)}")
+        kind, num_replicas = ENGINES[name]
+        for num_ranks in ranks:
+            if num_ranks % num_replicas:
+                continue  # a replica needs a rank
+            settings = (f"engine.kind={kind}", f"engine.num_replicas={num_replicas}", f"engine.num_ranks={num_ranks}")
+            recipe = recipes.load(source, [*DEFAULTS, *overrides, *settings])
+            predicted, found = predict(recipe, num_ranks, TEXT_TOKENS), max(measure(recipe))
+            items = (f"{getattr(predicted, item) / MIB:.0f}" for item in ITEMS)
+            totals = (f"{predicted.peak / MIB:.0f}", f"{found / MIB:.0f}", f"{found / predicted.peak:.2f}")
+            rows.append((name, str(num_ranks), *items, *totals))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def measure(recipe: Recipe) -> list[int]:
+    """Bytes that each rank holds at most while it trains, in new processes."""
+    context = multiprocessing.get_context("spawn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= MALLOC | {"WORLD_SIZE": str(recipe.engine.num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes, answers = [], []
+    try:
+        for rank in range(recipe.engine.num_ranks):
+            # Read when the process starts, as is all of the above.
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            answer, ours = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(recipe, ours))
+            process.start()
+            ours.close()
+            processes.append(process)
+            answers.append(answer)
+        return [int(answer.recv()) for answer in answers]  # EOFError where a rank broke; it has said why
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for process in processes:
+            process.join(timeout=30)
+            process.kill()
+
+
+def _rank(recipe: Recipe, answer: Connection) -> None:
+    with process_group(needed=True):
+        _train(_small(recipe))
+        gc.collect()
+        reset_peak(CPU)
+        before = peak_bytes(CPU)
+        _train(recipe)
+        answer.send(peak_bytes(CPU) - before)
+        answer.close()
+    os._exit(0)  # gloo's threads abort the interpreter's ordinary shutdown now and then
+
+
+def _small(recipe: Recipe) -> Recipe:
+    """A model that takes the same code and next to no memory."""
+    tree = recipe.model_dump(mode="json")
+    tree["model"]["width"] = 2 * recipe.model.head_dim
+    tree["parametrization"] = {"kind": "sp"}
+    return recipes.parse(tree, "small")
+
+
+def _train(recipe: Recipe) -> None:
+    engine = engines.build(recipe)
+    averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
+    objective = objectives.build(recipe, CPU)
+    size = recipe.training.micro_batch_size or recipe.training.batch_size // recipe.engine.num_ranks
+    num_micro_batches = recipe.training.batch_size // recipe.engine.num_ranks // size
+    batch = synthetic_batch(recipe, size, TEXT_TOKENS, CPU)
+    loss = partial(objective.losses, batch=batch, timestep_B=objective.timesteps(batch.timestep_uniform))
+    for step in range(1, NUM_STEPS + 1):
+        engine.train_step([loss] * num_micro_batches, 1.0)
+        averages.update(step)
+
+
+def _parse_ranks(numbers: str) -> list[int]:
+    parts = numbers.split(",")
+    if wrong := [part for part in parts if not (part.isdecimal() and int(part))]:
+        raise ValueError(f"--ranks takes whole numbers with commas between, not {wrong[0]!r}")
+    return [int(part) for part in parts]
+
+
+def main() -> int:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m megadit.training.bench_memory", description=__doc__)
+    parser.add_argument("recipe", nargs="?", default="quickstart", help="name or path of a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"after {' '.join(DEFAULTS)}")
+    parser.add_argument("--engines", default="fsdp,zero3", help=f"of {', '.join(ENGINES)}, with commas between")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas between")
+    args = parser.parse_args()
+    try:
+        lines = compare(args.recipe, args.overrides, args.engines.split(","), _parse_ranks(args.ranks))
+    except ValueError as error:
+        sys.stderr.write(f"megadit: error: {error}\n")
+        return 1
+    sys.stdout.write(lines + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
