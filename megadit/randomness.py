@@ -21,6 +21,8 @@ class Purpose(IntEnum):
     VALIDATION_SAMPLE = 4
     SAMPLING_NOISE = 5
     PACKING = 6
+    BUCKET_ORDER = 7
+    PACKED_LATENT = 8
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

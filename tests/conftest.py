@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from megadit.data.local_s3 import LocalS3
-from megadit.data.pack import pack
+from megadit.data.manifest import parse_bucket
+from megadit.data.packing.pack import Packed, pack
+from megadit.data.packing.settings import Settings
 from megadit.data.sources import open_source
 from megadit.data.text_encoder import TextEncoder
 from megadit.recipe import Recipe, load
@@ -55,9 +59,36 @@ def encoder() -> TextEncoder:
 @pytest.fixture(scope="session")
 def pack_animals(encoder: TextEncoder) -> Callable:
     """Pack the shipped animals to an address."""
-    return lambda destination, **changes: pack(
-        open_source("emoji"), destination, encoder=encoder, **(PACK_SETTINGS | changes)
-    )
+
+    def pack_to(destination: str, on_progress: Callable = lambda done, total: None, **changes: Any) -> Packed | None:
+        settings = Settings(**(PACK_SETTINGS | changes))
+        return pack(open_source("emoji"), destination, settings, encoder, on_progress=on_progress)
+
+    return pack_to
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real AutoencoderKL with random weights, which halves each side into four channels."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    folder = tmp_path_factory.mktemp("encoders") / "vae"
+    AutoencoderKL(**blocks, **sizes, scaling_factor=0.18215, shift_factor=0.1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real T5EncoderModel with random weights, 16 wide, and a T5Tokenizer that spells words."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoders") / "t5"
+    pieces = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in ("a", "of", "the", "in"))]
+    pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.:-"]
+    T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0).save_pretrained(folder)
+    config = T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +132,7 @@ def twin(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Ca
     manifest = pack_animals(str(folder), label="subgroup").train
     data = [f"data.url={folder}/train", f"data.validation_url={folder}/validation"]
     data += ["data.chunk_samples=8", "data.chunks_per_group=2"]
-    sizes = [f"model.input_size={manifest.image.size}", "model.patch_size=4"]
+    sizes = [f"model.input_size={parse_bucket(manifest.buckets()[0])[0]}", "model.patch_size=4"]
 
     def make(name: str, *overrides: str) -> Recipe:
         classes = [f"model.num_classes={len(manifest.labels)}"] if name.startswith("dit") else []

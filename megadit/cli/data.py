@@ -1,13 +1,14 @@
 """`megadit data`: pack data sets and serve them locally."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from megadit.cli.data_sets import data_caption, data_index, data_preview, data_stats, data_verify
+from megadit.cli.progress import progress_bar
 from megadit.launcher.processes import wait_for_interrupt
 
 data_app = typer.Typer(help="Pack data sets and serve them locally.", no_args_is_help=True, rich_markup_mode=None)
@@ -15,50 +16,87 @@ data_app = typer.Typer(help="Pack data sets and serve them locally.", no_args_is
 
 @data_app.command("pack")
 def data_pack(
-    source: Annotated[str, typer.Argument(help="`emoji` (shipped), or a folder or zip of images with captions.jsonl.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="`emoji` (shipped), a folder or zip of images with captions.jsonl, or a data set (index)."),
+    ],
     destination: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder; gets train/ and validation/.")],
     label: Annotated[
         str | None, typer.Option(metavar="FIELD", help="Metadata field whose values are the classes (emoji: subgroup).")
     ] = None,
     size: Annotated[int, typer.Option(min=1, help="Side of the packed images, in pixels.")] = 32,
-    encoder: Annotated[str, typer.Option(help="`minilm`, or the folder of a transformers text model.")] = "minilm",
+    aspect_buckets: Annotated[
+        bool, typer.Option("--aspect-buckets", help="Not squares: resolutions of nearly that area, by aspect ratio.")
+    ] = False,
+    text: Annotated[str, typer.Option(help="`minilm`, or the folder of a transformers text model (T5).")] = "minilm",
+    no_text: Annotated[bool, typer.Option("--no-text", help="Captions alone, to be encoded while training.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Captions are cut after so many tokens.")] = 120,
+    text_dtype: Annotated[
+        Literal["float16", "int8"], typer.Option(help="float16, or int8 with a scale for each token.")
+    ] = "float16",
+    vae: Annotated[str | None, typer.Option(help="Folder of an AutoencoderKL of diffusers: pack latents, too.")] = None,
+    latents: Annotated[
+        Literal["moments", "sample"], typer.Option(help="moments (mean and std), or one sample of each.")
+    ] = "moments",
+    latent_dtype: Annotated[Literal["float16", "bfloat16"], typer.Option(help="float16 or bfloat16.")] = "float16",
+    keep_pictures: Annotated[bool, typer.Option(help="Whether latents are packed with their pictures.")] = True,
+    picture_format: Annotated[Literal["png", "jpg"], typer.Option(help="png, or jpg (quality 95).")] = "png",
+    encoder_precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="In which the encoders compute: fp32 or bf16.")
+    ] = "fp32",
     where: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Keep samples whose metadata say so; repeatable.")
     ] = None,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Samples of one shard.")] = 512,
-    holdout: Annotated[int, typer.Option(min=2, help="One concept in this many goes to validation/.")] = 32,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples of one shard, which must fit into memory.")] = 512,
+    holdout: Annotated[
+        int, typer.Option(min=0, help="One concept in this many goes to validation/; 0: there is none.")
+    ] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which samples are packed.")] = 0,
+    num_ranks: Annotated[int, typer.Option(min=1, help="Local processes that share the shards.")] = 1,
 ) -> None:
     """Pack images and captions into WebDataset shards with a manifest.
 
-    Captions are encoded here, once. The same arguments give the same bytes; what is packed already is left as it is,
-    and a different data set at DESTINATION is an error. The manifest is written last, so half a pack is never read.
+    Captions (and with --vae images) are encoded here, once. The same arguments give the same bytes, on any number of
+    ranks; shards that are there already are left as they are, and a different data set at DESTINATION is an error. The
+    manifest is written last, so half a pack is never read. Started by torchrun or srun, ranks share the shards, too.
 
     \b
     Examples:
       megadit data pack emoji s3://megadit/emoji --where skin_tone=false
-      megadit data pack photos/ /data/photos --size 256 --encoder /models/t5
+      megadit data pack photos/ /data/photos --size 256 --text /models/t5
+      torchrun --nproc-per-node 8 -m megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
+        --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae --no-keep-pictures
     """
-    from megadit.data.pack import pack
-    from megadit.data.sources import open_source
-    from megadit.data.text_encoder import TextEncoder
+    from megadit.data.packing.settings import Settings
+    from megadit.launcher.pack import pack
 
-    with _progress_bar("packing") as on_progress:
-        packed = pack(
-            open_source(source),
-            destination,
-            size=size,
-            encoder=TextEncoder.load(encoder),
-            seed=seed,
-            shard_samples=shard_samples,
-            holdout=holdout,
-            where=where or [],
-            label=label,
-            on_progress=on_progress,
-        )
-    if not packed.skipped:
-        counts = f"{packed.train.num_samples} training and {packed.validation.num_samples} validation samples"
-        print(f"packed {counts} to {destination}")
+    settings = Settings(
+        size=size,
+        aspect_buckets=aspect_buckets,
+        seed=seed,
+        shard_samples=shard_samples,
+        holdout=holdout,
+        where=tuple(where or ()),
+        label=label,
+        keep_pictures=keep_pictures,
+        picture_format=picture_format,
+        latents=latents,
+        latent_dtype=latent_dtype,
+        text_dtype=text_dtype,
+        encoder_precision=encoder_precision,
+    )
+    code = pack(
+        source,
+        destination,
+        settings,
+        text=None if no_text else text,
+        max_tokens=max_tokens,
+        vae=vae,
+        num_ranks=num_ranks,
+        progress=partial(progress_bar, "packing"),
+        say=print,
+    )
+    raise typer.Exit(code)
 
 
 @data_app.command("serve")
@@ -85,13 +123,8 @@ def data_serve(
         wait_for_interrupt()
 
 
-@contextmanager
-def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that moves a bar on the terminal; elsewhere it draws nothing."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+data_app.command("index")(data_index)
+data_app.command("caption")(data_caption)
+data_app.command("stats")(data_stats)
+data_app.command("verify")(data_verify)
+data_app.command("preview")(data_preview)

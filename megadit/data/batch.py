@@ -1,6 +1,6 @@
 """What the trainer gets: samples put together into batches, with every random draw they need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,31 +18,38 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1); label: its class or 0."""
+    """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1); label: its class or 0.
+
+    caption: where it has one and no features; replaced: whether another sample's contents took its place.
+    """
 
     image: Tensor
     text: TextFeatures
+    caption: str | None
     label: int
     noise: Tensor
     timestep_uniform: float
     drop_uniform: float
     epoch: int
     sample: int
+    replaced: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples; C, H, W of the picture, L tokens of the longest caption, D and P features.
+    """B samples; C, H, W of what the model sees, L tokens of the longest caption, D and P features.
 
-    images           float32 [B, C, H, W] in [-1, 1]
-    text             float32 [B, L, D], zero after each caption's end
+    images           float32 [B, C, H, W]: pixels in [-1, 1], or latents, shifted and scaled
+    text             float32 [B, L, D], zero after each caption's end; L and D are 0 where there are no features
     text_lengths     int64 [B]
-    pooled           float32 [B, P]
+    pooled           float32 [B, P]; P is 0 where there is none
     labels           int64 [B], places in the manifest's `labels`; 0 where the data set has none
     noise            float32 [B, C, H, W], standard normal
     timestep_uniform float32 [B] in [0, 1)
     drop_uniform     float32 [B] in [0, 1); 1 where the caption is never dropped
     epoch, sample    int64 [B]; `sample` is the place in the manifest
+    replaced         int64 [B], 1 where the sample is corrupt and another one's contents are in its place
+    captions         B texts where the data set has captions and no features of them; otherwise none
     """
 
     images: Tensor
@@ -55,21 +62,33 @@ class Batch:
     drop_uniform: Tensor
     epoch: Tensor
     sample: Tensor
+    replaced: Tensor
+    captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sample)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return self._map(lambda column: column.to(device, non_blocking=True))
+        columns = {name: column.to(device, non_blocking=True) for name, column in self._tensors().items()}
+        return Batch(**columns, captions=self.captions)
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of `size` samples, in order."""
-        columns = {field.name: getattr(self, field.name).split(size) for field in fields(Batch)}
-        return [Batch(**dict(zip(columns, parts, strict=True))) for parts in zip(*columns.values(), strict=True)]
+        columns = {name: column.split(size) for name, column in self._tensors().items()}
+        return [
+            Batch(
+                **{name: parts[number] for name, parts in columns.items()},
+                captions=self.captions[number * size : (number + 1) * size],
+            )
+            for number in range(len(columns["sample"]))
+        ]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(Batch)})
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS}
+
+
+TENSORS = tuple(field.name for field in fields(Batch) if field.name != "captions")
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -86,6 +105,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         drop_uniform=torch.tensor([sample.drop_uniform for sample in samples], dtype=torch.float32),
         epoch=torch.tensor([sample.epoch for sample in samples]),
         sample=torch.tensor([sample.sample for sample in samples]),
+        replaced=torch.tensor([int(sample.replaced) for sample in samples]),
+        captions=tuple(sample.caption for sample in samples if sample.caption is not None),
     )
 
 
@@ -101,6 +122,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.text.shape[1] for batch in batches)
-    columns = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(Batch)}
+    columns = {name: [getattr(batch, name) for batch in batches] for name in TENSORS}
     columns["text"] = [pad(text, (0, 0, 0, longest - text.shape[1])) for text in columns["text"]]
-    return Batch(**{name: torch.cat(tensors) for name, tensors in columns.items()})
+    captions = tuple(caption for batch in batches for caption in batch.captions)
+    return Batch(**{name: torch.cat(tensors) for name, tensors in columns.items()}, captions=captions)

@@ -1,26 +1,24 @@
-"""What a packed data set says about itself: `manifest.json` and `index.npz` beside its shards.
+"""What a data set says about itself: `manifest.json`, beside its index and its shards or naming where these lie.
 
-The packer writes the manifest last, so a folder without one is not a data set, and one with one is whole. The index has
-the place and the CRC-32 of every member of every shard in columns, so a sample is one Range GET away.
+The manifest is written last, so a folder without one is not a data set, and one with one is whole. The index (see
+index.py) has the place and the CRC-32 of every member of every shard, so a sample is one Range GET away.
 """
 
 import hashlib
-import io
 import json
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megadit.data.index import Index
 from megadit.data.storage import MissingError, Store, open_store
 
-FORMAT_VERSION = 1
-MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
 
-IMAGE, METADATA, TEXT, POOLED = "png", "json", "text.npy", "pooled.npy"
-MEMBERS = (IMAGE, METADATA, TEXT, POOLED)  # kinds of members, in the order in which a shard has them
-MEMBER_COLUMNS = {"offset": np.int64, "size": np.int32, "crc32": np.uint32}
+# Kinds of members: what follows the key and a dot in a tar. Pictures have that of their format.
+METADATA, CAPTION = "json", "txt"
+LATENT, TEXT, TEXT_SCALE, POOLED = "latent.npy", "text.npy", "text_scale.npy", "pooled.npy"
 
 
 class ManifestError(ValueError):
@@ -32,52 +30,88 @@ class _Node(BaseModel):
 
 
 class ImageFacts(_Node):
-    """Pictures: PNG, RGB, size x size, resized once with the named filter of Pillow."""
+    """Pictures: RGB, the member `member` of each sample.
 
-    size: int = Field(ge=1)
+    `resize` names the filter that packing resized them with, once, to their shard's bucket; None where they are as they
+    were found, each of its own size.
+    """
+
+    member: str = "png"
     channels: int = 3
-    resize: str = "lanczos"
+    resize: str | None = None
+
+
+class LatentFacts(_Node):
+    """Latents of a frozen autoencoder: `latent.npy`, [channels, H, W], or mean and std one after the other, [2, ...].
+
+    H and W are the pixels of the bucket over `downsampling`. The model sees (latent - shift_factor) * scaling_factor.
+    bfloat16 is stored as the uint16 of its bits, which numpy lacks.
+    """
+
+    encoder: str
+    weights_sha256: str
+    channels: int = Field(ge=1)
+    downsampling: int = Field(ge=1)
+    moments: bool
+    scaling_factor: float
+    shift_factor: float
+    dtype: Literal["float16", "bfloat16"] = "float16"
 
 
 class TextFacts(_Node):
-    """Text features: float16, tokens [L, dim] with L <= max_tokens, pooled [pooled_dim]."""
+    """Text features: tokens [L, dim] with L <= max_tokens, the caption's true length; pooled float16 [pooled_dim].
+
+    int8 tokens are multiplied by a scale for each token, `text_scale.npy`, float16 [L].
+    """
 
     encoder: str
     weights_sha256: str
     dim: int
     pooled_dim: int
     max_tokens: int
-    dtype: Literal["float16"] = "float16"
+    dtype: Literal["float16", "int8"] = "float16"
 
 
 class Shard(_Node):
-    """One tar file. `bucket` is its resolution, height x width."""
+    """One tar file. `bucket` is the resolution of its pictures, height x width; None where they differ.
+
+    name: below the data set, or below its `root`; captions: the file, below the data set, that has the `txt` members
+    where they are not in the tar; sha256, etag: of the whole tar, where known. The stream asks for it by its ETag.
+    """
 
     name: str
-    samples: int
-    bytes: int
-    sha256: str
-    bucket: str
+    num_samples: int
+    num_bytes: int
+    bucket: str | None = None
+    sha256: str | None = None
+    etag: str | None = None
+    captions: str | None = None
 
 
 class Manifest(_Node):
     """The whole of manifest.json.
 
-    `labels` are the classes of the pictures, in the order of their numbers; empty where the pack has no labels.
-    `inputs` is the sha256 of what was to be packed (source, settings, encoder); `fingerprint` of what came out (every
-    shard, the index): two data sets with one fingerprint have the same samples in the same order, wherever they lie.
+    `members` are the kinds of members that each sample has, in the order of its tar. `root` is where the shards lie
+    that were there before (SA-1B's); without it they lie beside the manifest. `labels` are the classes of the pictures,
+    in the order of their numbers. `left_out` counts samples that are not in the data set, by reason. `index` has the
+    sha256 of each column. `inputs` is the sha256 of what was to be packed (source, settings, encoders); `fingerprint`
+    of what came out: two data sets with one fingerprint have the same samples in the same order, wherever they lie.
     """
 
     version: int = FORMAT_VERSION
     name: str
     inputs: str
-    fingerprint: str
+    fingerprint: str = ""
     num_samples: int
-    image: ImageFacts
-    text: TextFacts
+    members: tuple[str, ...]
+    root: str | None = None
+    image: ImageFacts | None = None
+    latent: LatentFacts | None = None
+    text: TextFacts | None = None
     labels: tuple[str, ...] = ()
+    left_out: dict[str, int] = {}
     shards: tuple[Shard, ...]
-    index_sha256: str
+    index: dict[str, str]
 
     @staticmethod
     def load(url: str) -> "Manifest":
@@ -103,71 +137,42 @@ class Manifest(_Node):
         manifest._check(where)
         return manifest
 
-    def load_index(self, store: Store) -> "Index":
-        """Read the index and check it against the manifest. Raises ManifestError, StorageError."""
-        data = store.get(INDEX_NAME)
-        where = store.url(INDEX_NAME)
-        if hashlib.sha256(data).hexdigest() != self.index_sha256:
-            raise ManifestError(f"{where}: the index does not belong to the manifest beside it (sha256 differs)")
-        index = Index.from_bytes(data)
-        if len(index.keys) != self.num_samples:
-            raise ManifestError(f"{where}: {len(index.keys)} samples, the manifest says {self.num_samples}")
-        if (index.label is not None) != bool(self.labels):
-            raise ManifestError(f"{where}: the index and the manifest beside it disagree on whether there are labels")
+    def load_index(self, store: Store) -> Index:
+        """Map the index and check it against the manifest. Raises ManifestError, StorageError."""
+        index = Index.read(store, self.index)
+        wrong = sorted(name for name, column in index.columns().items() if len(column) != self.num_samples)
+        if wrong:
+            raise ManifestError(f"{store.url()}: the index does not have {self.num_samples} samples in {wrong[0]}")
+        if set(index.places) != set(self.members):
+            raise ManifestError(
+                f"{store.url()}: the index has {', '.join(index.places)}, not {', '.join(self.members)}"
+            )
         return index
 
-    def _check(self, where: str) -> None:
-        if sum(shard.samples for shard in self.shards) != self.num_samples or self.num_samples < 1:
-            raise ManifestError(f"{where}: its shards do not have the {self.num_samples} samples that it states")
-        buckets = sorted({shard.bucket for shard in self.shards})
-        if len(buckets) != 1:
-            raise ManifestError(f"{where}: resolution buckets {', '.join(buckets)}; only one is supported yet")
-        if self.fingerprint != compute_fingerprint(self.image, self.text, self.labels, self.shards, self.index_sha256):
-            raise ManifestError(f"{where}: the fingerprint does not belong to the shards that it lists")
+    def buckets(self) -> tuple[str, ...]:
+        """The resolutions of its shards, height x width, sorted; empty where pictures are as they were found."""
+        return tuple(sorted({shard.bucket for shard in self.shards if shard.bucket}, key=parse_bucket))
+
+    def sealed(self) -> "Manifest":
+        """The same with its fingerprint, which leaves out where things lie and what they are called."""
+        facts = self.model_dump(mode="json", exclude={"name", "inputs", "fingerprint", "root", "left_out"})
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self.model_copy(update={"fingerprint": digest})
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        return (self.model_dump_json(indent=1, exclude=None if self.labels else {"labels"}) + "\n").encode()
+        return (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode()
+
+    def _check(self, where: str) -> None:
+        if sum(shard.num_samples for shard in self.shards) != self.num_samples or self.num_samples < 1:
+            raise ManifestError(f"{where}: its shards do not have the {self.num_samples} samples that it states")
+        if len({shard.bucket is None for shard in self.shards}) != 1:
+            raise ManifestError(f"{where}: some shards have a resolution bucket and some have none")
+        if self.fingerprint != self.sealed().fingerprint:
+            raise ManifestError(f"{where}: the fingerprint does not belong to the shards that it lists")
 
 
-def compute_fingerprint(
-    image: ImageFacts, text: TextFacts, labels: tuple[str, ...], shards: tuple[Shard, ...], index_sha256: str
-) -> str:
-    """sha256 over all that determines the samples and their order."""
-    facts = [image.model_dump(), text.model_dump(), [shard.model_dump() for shard in shards], index_sha256]
-    if labels:
-        facts.append(labels)
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, facts], sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where each member of each sample lies. N samples in the order of the shards; members per kind in MEMBERS.
-
-    keys: bytes [N]; shard: int32 [N]; offset: int64, size: int32, crc32: uint32 [N] per kind; label: int32 [N], or None
-    in a pack without labels, whose file has no such column.
-    """
-
-    keys: np.ndarray
-    shard: np.ndarray
-    offset: dict[str, np.ndarray]
-    size: dict[str, np.ndarray]
-    crc32: dict[str, np.ndarray]
-    label: np.ndarray | None = None
-
-    @staticmethod
-    def from_bytes(data: bytes) -> "Index":
-        """Read index.npz."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
-            members = {name: {kind: columns[f"{name}.{kind}"] for kind in MEMBERS} for name in MEMBER_COLUMNS}
-            label = columns.get("label")
-            return Index(columns["keys"], columns["shard"], **members, label=label)
-
-    def to_bytes(self) -> bytes:
-        """Write index.npz; equal indices give equal bytes."""
-        buffer = io.BytesIO()
-        members = {f"{name}.{kind}": getattr(self, name)[kind] for name in MEMBER_COLUMNS for kind in MEMBERS}
-        if self.label is not None:
-            members["label"] = self.label
-        np.savez(buffer, keys=self.keys, shard=self.shard, **members)
-        return buffer.getvalue()
+def parse_bucket(bucket: str) -> tuple[int, int]:
+    """Height and width in pixels of "256x384"."""
+    height, width = bucket.split("x")
+    return int(height), int(width)

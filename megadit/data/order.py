@@ -37,15 +37,20 @@ class Order:
 
     def group(self, stream: int, number: int) -> tuple[int, np.ndarray]:
         """Group `number` of a stream, counted over all epochs: its epoch and its samples, int64 [G*C], in order."""
+        epoch, chunks_GC, places = self.group_chunks(stream, number)
+        return epoch, chunks_GC.reshape(-1)[places]
+
+    def group_chunks(self, stream: int, number: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The same before its samples are permuted: epoch, neighbours int64 [G, C], places int64 [G*C] in [0, G*C)."""
         epoch, group = divmod(number, self.groups_per_epoch)
         offset, chunks = self._epoch(epoch)
         starts = (
             offset
             + chunks[group * self.chunks_per_group : (group + 1) * self.chunks_per_group, stream] * self.chunk_samples
         )
-        samples = (starts[:, None] + np.arange(self.chunk_samples)).reshape(-1) % self.num_samples
+        chunks_GC = (starts[:, None] + np.arange(self.chunk_samples)) % self.num_samples
         draws = generator(self.seed, Purpose.GROUP_ORDER, epoch, stream, group)
-        return epoch, samples[draws.permutation(self.group_samples)]
+        return epoch, chunks_GC, draws.permutation(self.group_samples)
 
     def stream_samples(self, stream: int, position: int, count: int) -> np.ndarray:
         """(epoch, sample), int64 [count, 2]: what the stream gives after its first `position` samples."""

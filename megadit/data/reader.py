@@ -1,84 +1,229 @@
-"""Samples by their place in the manifest: coalesced Range GETs, every member checked against its CRC-32."""
+"""Samples by their place in the manifest: coalesced Range GETs, every member checked against its CRC-32.
+
+One GET has the members of neighbours. It reads over what nobody asked for (SA-1B's JSON between two pictures) where
+that is at most GAP_BYTES, because a request costs more than so many bytes, and leaves out what is larger.
+"""
 
 import io
 import logging
+import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from megadit.data.batch import TextFeatures
-from megadit.data.manifest import IMAGE, MEMBERS, POOLED, TEXT, Manifest
-from megadit.data.storage import StorageError, open_store
+from megadit.data.cache import ChunkCache
+from megadit.data.decode import Decoder
+from megadit.data.manifest import CAPTION, Manifest
+from megadit.data.storage import ChangedError, Client, StorageError, Store, open_store
 
 log = logging.getLogger(__name__)
+
+GAP_BYTES = 256 << 10
+# From here on memory comes from the system and goes back to it. What glibc frees it keeps, in an arena for each thread:
+# half as much again as the stream holds.
+LARGE_BYTES = 1 << 20
 
 
 class CorruptShardError(StorageError):
     """A shard whose bytes are not those that were packed."""
 
 
+class _Member(NamedTuple):
+    offset: int
+    size: int
+    crc32: int
+    row: int  # which of the samples asked for
+    kind: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes [start, end) of one file, and the members that are wanted of them, by their offset."""
+
+    store: Store
+    name: str
+    etag: str | None
+    identity: str  # of the file's content: its ETag or sha256
+    start: int
+    end: int
+    members: list[_Member]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples that were read together. contents: kind -> bytes of each, None where `faults` says what is wrong."""
+
+    samples: list[int]
+    contents: list[dict[str, memoryview] | None]
+    faults: dict[int, str]
+
+
 class Reader:
-    """The data set at `url`. Raises ManifestError and StorageError. `read` may be called from several threads."""
+    """The data set at `url`. Raises ManifestError and StorageError. Methods may be called from several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        client: Client = "boto3",
+        cache: ChunkCache | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:
         self.manifest = Manifest.load(url)
-        self._store = open_store(url)
-        self._index = self.manifest.load_index(self._store)
+        self._store = open_store(url, client, retry_seconds)
+        root = self.manifest.root
+        self._shards = self._store if root is None else open_store(root, client, retry_seconds)
+        self.index = self.manifest.load_index(self._store)
+        self.decoder = Decoder(self.manifest)
+        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
+        self._cache = cache
 
-    def read(self, samples: Sequence[int] | np.ndarray) -> dict[int, dict[str, bytes]]:
-        """The members of each sample by kind. One Range GET for each run of neighbours within a shard."""
-        found: dict[int, dict[str, bytes]] = {}
-        for run in self._runs(np.unique(np.asarray(samples, dtype=np.int64))):
-            members, corrupt = self._read_run(run)
-            if corrupt:
-                # Bytes can flip on the way; a second copy with the same fault means that the shard itself is bad.
-                log.warning("%s: CRC-32 differs; reading it again", corrupt)
-                members, corrupt = self._read_run(run)
-            if corrupt:
-                raise CorruptShardError(
-                    f"{corrupt}: CRC-32 differs, twice: the shard's bytes changed since it was packed"
-                )
-            found |= members
-        return found
+    def close(self) -> None:
+        """Give up on what other threads are reading, where the server does not answer."""
+        self._store.close()
+        self._shards.close()
 
     def label(self, sample: int) -> int:
         """The class of a sample, a place in the manifest's `labels`; 0 where the data set has none."""
-        return 0 if self._index.label is None else int(self._index.label[sample])
+        return 0 if self.index.labels is None else int(self.index.labels[sample])
 
-    def decode(self, members: dict[str, bytes]) -> tuple[Tensor, TextFeatures]:
-        """Picture float32 [C, H, W] in [-1, 1] and text features of one sample."""
-        with Image.open(io.BytesIO(members[IMAGE])) as picture:
-            pixels_HWC = torch.from_numpy(np.array(picture.convert("RGB")))
-        image_CHW = pixels_HWC.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0)
-        return image_CHW.contiguous(), TextFeatures(_decode_array(members[TEXT]), _decode_array(members[POOLED]))
+    def name(self, sample: int) -> str:
+        """The address of a sample, for messages."""
+        return f"{self._shards.url(self._shard(sample))}: {self.index.keys[sample].decode()}"
 
-    def _runs(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Split sorted samples where they are not neighbours, and where the shard changes."""
-        breaks = (np.diff(samples) != 1) | (np.diff(self._index.shard[samples]) != 0)
-        return np.split(samples, np.flatnonzero(breaks) + 1)
+    def read(self, samples: Sequence[int] | np.ndarray) -> dict[int, dict[str, memoryview]]:
+        """The members of each sample by kind. Raises CorruptShardError for one that is not what was packed."""
+        chunk = self.read_chunk(np.unique(np.asarray(samples, dtype=np.int64)))
+        if chunk.faults:
+            raise CorruptShardError(next(iter(chunk.faults.values())))
+        return dict(zip(chunk.samples, (content for content in chunk.contents if content is not None), strict=True))
 
-    def _read_run(self, run: np.ndarray) -> tuple[dict[int, dict[str, bytes]], str]:
-        """The members of the neighbours `run`, and the address of the first corrupt one ("" when all are sound)."""
-        index, first, last = self._index, run[0], run[-1]
-        shard = self.manifest.shards[index.shard[first]].name
-        start = int(index.offset[MEMBERS[0]][first])
-        end = int(index.offset[MEMBERS[-1]][last] + index.size[MEMBERS[-1]][last])
-        data = memoryview(self._store.get(shard, start, end))
-        found: dict[int, dict[str, bytes]] = {}
-        for sample in run:
-            members: dict[str, bytes] = {}
-            for kind in MEMBERS:
-                offset = int(index.offset[kind][sample]) - start
-                members[kind] = bytes(data[offset : offset + int(index.size[kind][sample])])
-                if zlib.crc32(members[kind]) != index.crc32[kind][sample]:
-                    return {}, f"{self._store.url(shard)}: member {index.keys[sample].decode()}.{kind}"
-            found[int(sample)] = members
-        return found, ""
+    def read_chunk(self, samples: np.ndarray, ranges: Sequence[Range] | None = None) -> Chunk:
+        """The members of samples, int64 [C]; one that is corrupt at rest has a fault instead. Raises StorageError.
+
+        ranges: what `ranges(samples)` gave, where that was called before.
+        """
+        contents: list[dict[str, memoryview]] = [{} for _ in samples]
+        faults: dict[int, str] = {}
+        for part in self.ranges(samples) if ranges is None else ranges:
+            for member, piece in zip(part.members, self._read(part), strict=True):
+                if piece is not None:
+                    contents[member.row][member.kind] = piece
+                    continue
+                key = self.index.keys[samples[member.row]].decode()
+                faults[member.row] = (
+                    f"{part.store.url(part.name)}: member {key}.{member.kind}: CRC-32 differs, twice: "
+                    "the shard's bytes changed since it was packed"
+                )
+        sound = [None if row in faults else content for row, content in enumerate(contents)]
+        return Chunk(samples.tolist(), sound, {int(samples[row]): fault for row, fault in faults.items()})
+
+    def ranges(self, samples: np.ndarray) -> list[Range]:
+        """What is read for samples, int64 [C], by file and offset."""
+        found: list[tuple[int, bool, _Member]] = []
+        shards = np.searchsorted(self._ends, samples, side="right").tolist()
+        for kind in self.decoder.kinds:
+            in_captions = kind == CAPTION
+            places = self.index.places[kind][samples].tolist()
+            for row, (shard, (offset, size, crc32)) in enumerate(zip(shards, places, strict=True)):
+                apart = in_captions and self.manifest.shards[shard].captions is not None
+                found.append((shard, apart, _Member(offset, size, crc32, row, kind)))
+        found.sort()
+        return list(self._coalesced(found))
+
+    def bytes_read(self, first: int, last: int, samples: np.ndarray | None = None) -> np.ndarray:
+        """Bytes that each of the samples [first, last) of a bucket adds to a read of neighbours, int64.
+
+        samples: places of the bucket's samples in the manifest, or None for all. What lies between is counted, rather
+        once too often than not at all: a sum over neighbours is never less than their `ranges` have.
+        """
+        following = min(last + 1, self.manifest.num_samples if samples is None else len(samples))
+        which: slice | np.ndarray = slice(first, following) if samples is None else samples[first:following]
+        sizes = np.zeros(following - first, dtype=np.int64)  # of the members
+        gaps = np.zeros_like(sizes)  # after each of them, to the next sample's of its kind
+        starts, ends = np.full_like(sizes, np.iinfo(np.int64).max), np.zeros_like(sizes)
+        for kind in self.decoder.kinds:
+            places = self.index.places[kind][which]
+            sizes += places["size"]
+            kind_ends = places["offset"] + places["size"]
+            gaps[:-1] += _read_over(places["offset"][1:] - kind_ends[:-1])
+            np.minimum(starts, places["offset"], out=starts)
+            np.maximum(ends, kind_ends, out=ends)
+        # Below 0 where members of several samples are mixed, or a new file begins.
+        apart = np.append(starts[1:] - ends[:-1], 0)
+        together = (apart >= 0) & (ends - starts <= sizes + GAP_BYTES * len(self.decoder.kinds))
+        gaps = np.where(together, ends - starts - sizes + _read_over(apart), gaps)
+        return (sizes + gaps)[: last - first]
+
+    def _coalesced(self, found: list[tuple[int, bool, _Member]]) -> Iterator[Range]:
+        """Neighbours of one file as one range."""
+        first = 0
+        for place in range(1, len(found) + 1):
+            shard, apart, member = found[place - 1]
+            if place < len(found):
+                following = found[place]
+                gap = following[2].offset - (member.offset + member.size)
+                if following[:2] == (shard, apart) and gap <= GAP_BYTES:
+                    continue
+            facts = self.manifest.shards[shard]
+            members = [item[2] for item in found[first:place]]
+            name = facts.captions if apart else facts.name
+            assert name is not None
+            yield Range(
+                store=self._store if apart else self._shards,
+                name=name,
+                etag=None if apart else facts.etag,
+                identity=(None if apart else facts.etag or facts.sha256) or f"{self.manifest.fingerprint}/{name}",
+                start=members[0].offset,
+                end=max(item.offset + item.size for item in members),
+                members=members,
+            )
+            first = place
+
+    def _read(self, part: Range) -> list[memoryview | None]:
+        """The members of a range; None for one that is corrupt at rest."""
+        if self._cache is not None:
+            kept = self._cache.get(part.identity, part.start, part.end)
+            if kept is not None and None not in (pieces := _sound_pieces(part, kept)):
+                return pieces
+        data = self._get(part)
+        pieces = _sound_pieces(part, data)
+        if None in pieces:
+            # Bytes can flip on the way; a second copy with the same fault means that the shard itself is bad.
+            log.warning(
+                "%s: CRC-32 of %d members differs; reading it again", part.store.url(part.name), pieces.count(None)
+            )
+            data = self._get(part)
+            pieces = _sound_pieces(part, data)
+        if self._cache is not None and None not in pieces:
+            self._cache.put(part.identity, part.start, data)
+        return pieces
+
+    def _get(self, part: Range) -> bytes | mmap.mmap:
+        size = part.end - part.start
+        target = mmap.mmap(-1, size) if size >= LARGE_BYTES else io.BytesIO()
+        try:
+            part.store.copy(part.name, part.start, part.end, target, part.etag)
+        except ChangedError as error:
+            raise StorageError(f"the index is older than the tar: {error}; index it again") from error
+        return target.getvalue() if isinstance(target, io.BytesIO) else target
+
+    def _shard(self, sample: int) -> str:
+        return self.manifest.shards[int(np.searchsorted(self._ends, sample, side="right"))].name
 
 
-def _decode_array(data: bytes) -> Tensor:
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32))
+def _read_over(gaps: np.ndarray) -> np.ndarray:
+    """The bytes of gaps that are read over."""
+    return np.where((gaps > 0) & (gaps <= GAP_BYTES), gaps, 0)
+
+
+def _sound_pieces(part: Range, data: bytes | mmap.mmap) -> list[memoryview | None]:
+    """The members of a range; None for one whose CRC-32 is another one."""
+    view, pieces = memoryview(data), list[memoryview | None]()
+    for member in part.members:
+        start = member.offset - part.start
+        piece = view[start : start + member.size]
+        pieces.append(piece if zlib.crc32(piece) == member.crc32 else None)
+    return pieces

@@ -1,36 +1,39 @@
-"""Captioned pictures on their way into the packer: a folder or a zip file of one layout.
+"""Captioned pictures on their way into the packer: a folder or a zip file of one layout, or an indexed data set.
 
 captions.jsonl      one JSON object a line: key, caption, and whatever else is known (tags, group, ...)
 images/<key>.*      the pictures, in any format that Pillow reads
+
+For data sets see packing/indexed_source.py.
 """
 
 import hashlib
 import importlib.resources
 import io
 import json
-import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
+
+from megadit.data.manifest import MANIFEST_NAME
+from megadit.data.packing.indexed_source import IndexedSource
+from megadit.data.packing.pictures import decode, size_of
+from megadit.data.packing.source import KEY_PATTERN, Source, SourceError, SourceSample
 
 SHIPPED = {"emoji": "emoji-128.zip"}  # name -> file in assets/
-SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}  # the Fitzpatrick modifiers of Unicode
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # a dot would end the key in a WebDataset
-
-
-class SourceError(ValueError):
-    """What is wrong with a source, and where."""
 
 
 class CaptionedFolder:
     """Pictures with captions in the layout above.
 
     `metadata` maps each key to its line of captions.jsonl, in the order of that file. `digest` is the sha256 of all
-    that was read, so that a pack knows what it was made from. Raises SourceError.
+    that was read. Raises SourceError.
     """
+
+    in_order, has_captions, has_metadata = False, True, True
 
     def __init__(self, root: Path | zipfile.Path, name: str) -> None:
         self.name = name
@@ -54,35 +57,59 @@ class CaptionedFolder:
         if missing := [key for key in self.metadata if key not in files]:
             raise SourceError(f"{name}: {len(missing)} pictures are missing, the first is images/{missing[0]}.*")
         self._files = {key: files[key] for key in self.metadata}
+        self._keys = list(self.metadata)
         self.digest = self._compute_digest(text)
+
+    def key(self, number: int) -> str:
+        return self._keys[number]
+
+    def read(self, numbers: np.ndarray) -> list[SourceSample]:
+        keys = [self._keys[number] for number in numbers.tolist()]
+        return [
+            SourceSample(key, self._files[key].read_bytes(), self.metadata[key]["caption"], self.metadata[key])
+            for key in keys
+        ]
 
     def image(self, key: str) -> Image.Image:
         """The picture of `key` as RGB, transparent parts on white."""
-        try:
-            picture: Image.Image = Image.open(io.BytesIO(self._files[key].read_bytes()))
-            if not picture.has_transparency_data:
-                return picture.convert("RGB")
-            picture = picture.convert("RGBA")
-        except (UnidentifiedImageError, OSError) as error:
-            raise SourceError(f"{self.name}: the picture {key!r} cannot be decoded: {error}") from error
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        return decode(self._files[key].read_bytes(), self._name(key))
 
-    def select(self, where: Sequence[str]) -> list[str]:
-        """Keys whose metadata fulfil every `field=value` of `where`. Raises SourceError when none does."""
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array([size_of(sample.picture, self._name(sample.key)) for sample in self.read(numbers)])
+
+    def select(self, where: Sequence[str]) -> np.ndarray:
         wanted = dict(_parse_condition(condition) for condition in where)
         for field in wanted:
             if not any(field in record for record in self.metadata.values()):
                 known = sorted({name for record in self.metadata.values() for name in record})
                 raise SourceError(f"{self.name}: no picture has the field {field!r}; there are {', '.join(known)}")
-        keys = [
-            key
-            for key, record in self.metadata.items()
+        numbers = [
+            number
+            for number, record in enumerate(self.metadata.values())
             if all(field in record and record[field] == value for field, value in wanted.items())
         ]
-        if not keys:
+        if not numbers:
             raise SourceError(f"{self.name}: no picture fulfils {' and '.join(where)}")
-        return keys
+        return np.array(numbers, dtype=np.int64)
+
+    def classes(self, numbers: np.ndarray, label: str | None) -> tuple[tuple[str, ...], np.ndarray | None]:
+        if label is None:
+            return (), None
+        texts = []
+        for number in numbers.tolist():
+            record = self.metadata[self._keys[number]]
+            if not isinstance(record.get(label), str):
+                known = ", ".join(field for field, value in record.items() if isinstance(value, str))
+                raise SourceError(
+                    f"label {label!r}: the picture {record['key']!r} has no text in that field; it has one in {known}"
+                )
+            texts.append(record[label])
+        labels = tuple(sorted(set(texts)))
+        places = {text: place for place, text in enumerate(labels)}
+        return labels, np.array([places[text] for text in texts], dtype=np.int32)
+
+    def _name(self, key: str) -> str:
+        return f"{self.name}: the picture {key!r}"
 
     def _compute_digest(self, captions: str) -> str:
         digest = hashlib.sha256(captions.encode())
@@ -91,25 +118,28 @@ class CaptionedFolder:
         return digest.hexdigest()
 
 
-def open_source(name_or_path: str) -> CaptionedFolder:
-    """The shipped pictures by name (`emoji`), or a folder or a zip file by path. Raises SourceError."""
-    if name_or_path in SHIPPED:
-        shipped = importlib.resources.files("megadit.data") / "assets" / SHIPPED[name_or_path]
+def open_source(address: str) -> Source:
+    """The shipped pictures by name (`emoji`), a folder or a zip file by path, or a data set by its address.
+
+    Raises SourceError, ManifestError, StorageError.
+    """
+    path = Path(address)
+    if address in SHIPPED:
+        shipped = importlib.resources.files("megadit.data") / "assets" / SHIPPED[address]
         with importlib.resources.as_file(shipped) as path:
-            return CaptionedFolder(zipfile.Path(io.BytesIO(path.read_bytes())), name_or_path)
-    path = Path(name_or_path)
+            return CaptionedFolder(zipfile.Path(io.BytesIO(path.read_bytes())), address)
+    if "://" in address or (path / MANIFEST_NAME).is_file():
+        return IndexedSource(address)
     if path.is_dir():
-        return CaptionedFolder(path, name_or_path)
+        return CaptionedFolder(path, address)
     if path.is_file():
         if not zipfile.is_zipfile(path):
-            raise SourceError(f"{name_or_path}: not a zip file")
-        return CaptionedFolder(zipfile.Path(path), name_or_path)
-    raise SourceError(f"no source {name_or_path!r}: give a folder, a zip file or one of {', '.join(SHIPPED)}")
-
-
-def concept(record: Mapping[str, Any]) -> str:
-    """What the picture shows: its key without skin tones. Variants of one picture have one concept."""
-    return "-".join(part for part in record["key"].split("-") if part not in SKIN_TONES)
+            raise SourceError(f"{address}: not a zip file")
+        return CaptionedFolder(zipfile.Path(path), address)
+    raise SourceError(
+        f"no source {address!r}: give a folder, a zip file, a data set (the address of its manifest.json) or one of "
+        f"{', '.join(SHIPPED)}"
+    )
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:

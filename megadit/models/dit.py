@@ -16,10 +16,11 @@ from megadit.models.layers import (
     Readout,
     SelfAttention,
     TimestepEmbedder,
+    add_positions,
     fixed_positions,
     image_of_patches,
     modulate,
-    require_image_shape,
+    patch_grid,
 )
 from megadit.recipe import DiTModel
 
@@ -47,17 +48,17 @@ class DiT(nn.Module):
         """Predict [B, out_channels, H, W] for timesteps in [0, 1000] (fp32).
 
         `labels` [B] are classes in [0, num_classes); where `dropped_B` is true the null class takes their place.
-        Activations take the dtype of the weights. Raises ValueError for an image of another size than the recipe's,
+        Activations take the dtype of the weights. Raises ValueError for an image that is no whole number of patches,
         and, on a CPU, for a label out of range.
         """
-        require_image_shape(x_BCHW, self.config)
+        grid = patch_grid(x_BCHW, self.config)
         dtype = self.x_embedder.proj.weight.dtype
-        x_BTD = self.x_embedder(x_BCHW.to(dtype))
-        x_BTD = x_BTD + self.pos_embed.to(x_BTD.dtype)
+        x_BTD = add_positions(self.x_embedder(x_BCHW.to(dtype)), grid, self.config, self.pos_embed)
         condition_BD = self.t_embedder(timestep_B, dtype) + self.y_embedder(labels, dropped_B)
         for block in self.blocks:
             x_BTD = block(x_BTD, condition_BD)
-        return image_of_patches(self.final_layer(x_BTD, condition_BD), self.config.out_channels, self.config.patch_size)
+        patches_BTF = self.final_layer(x_BTD, condition_BD)
+        return image_of_patches(patches_BTF, self.config.out_channels, self.config.patch_size, grid)
 
 
 class LabelEmbedder(nn.Module):

@@ -114,34 +114,70 @@ def timestep_sinusoid(timestep_B: Tensor, freq_shift: int = 0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def grid_positions(side: int, width: int, device: torch.device) -> Tensor:
-    """[side * side, width] sine-cosine positions of a square grid, row by row: first the column's half, then the row's.
+def grid_positions(rows_H: Tensor, columns_W: Tensor, width: int) -> Tensor:
+    """[H * W, width] sine-cosine positions of a grid, row by row: first the column's half, then the row's.
 
     MMDiT computes them in every forward pass, which costs next to nothing: a buffer is one more thing that meta-device
     construction, sharding and checkpoints have to carry. DiT and PixArt have one, as their checkpoints do.
     """
-    omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64, device=device)[:, None] * omega
-    table = torch.cat([angles.sin(), angles.cos()], dim=-1).float()
-    columns = table[None, :, :].expand(side, side, -1)
-    rows = table[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=-1).view(side * side, width)
+    omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64, device=rows_H.device) / (width // 4))
+    columns, rows = (
+        torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+        for angles in (columns_W[:, None] * omega, rows_H[:, None] * omega)
+    )
+    height = len(rows)
+    columns, rows = columns.expand(height, -1, -1), rows[:, None].expand(-1, len(columns), -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+def stretched_positions(grid: tuple[int, int], config: ModelConfig, device: torch.device) -> Tensor:
+    """`grid_positions` of H x W patches over the range of the square that the model is named after.
+
+    PixArt-alpha's rule for aspect-ratio buckets (its PixArtMS.py).
+    """
+    base = config.input_size // config.patch_size
+    axes = [torch.arange(n, dtype=torch.float64, device=device) * (base / n) for n in grid]
+    return grid_positions(axes[0], axes[1], config.width)
+
+
+def centred_positions(grid: tuple[int, int], config: ModelConfig, device: torch.device) -> Tensor:
+    """`grid_positions` of H x W patches one apart, around the middle of the square that the model is named after.
+
+    SD3's rule (arXiv 2403.03206, section 5.3.2), which crops them from a larger table.
+    """
+    base = config.input_size // config.patch_size
+    axes = [torch.arange(n, dtype=torch.float64, device=device) + (base - n) // 2 for n in grid]
+    return grid_positions(axes[0], axes[1], config.width)
 
 
 def fixed_positions(config: ModelConfig) -> Tensor:
-    """`grid_positions` of a model [1, T, D], on the CPU: as a buffer they have values in a meta-device model, too."""
-    return grid_positions(config.input_size // config.patch_size, config.width, torch.device("cpu"))[None]
+    """Positions of a square [1, T, D], on the CPU: as a buffer they have values in a meta-device model, too."""
+    base = config.input_size // config.patch_size
+    return stretched_positions((base, base), config, torch.device("cpu"))[None]
 
 
-def image_of_patches(x_BTF: Tensor, channels: int, patch_size: int) -> Tensor:
-    """The square image [B, C, H, W] of patches row by row, each flattened as (row, column, channel)."""
-    side = round(x_BTF.shape[1] ** 0.5)
-    x = x_BTF.unflatten(1, (side, side)).unflatten(3, (patch_size, patch_size, channels))
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], channels, side * patch_size, side * patch_size)
+def add_positions(x_BTD: Tensor, grid: tuple[int, int], config: ModelConfig, fixed_1TD: Tensor) -> Tensor:
+    """Tokens plus their positions: `fixed_1TD` for the square that the model is named after."""
+    base = config.input_size // config.patch_size
+    positions = fixed_1TD if grid == (base, base) else stretched_positions(grid, config, x_BTD.device)
+    return x_BTD + positions.to(x_BTD.dtype)
 
 
-def require_image_shape(x_BCHW: Tensor, config: ModelConfig) -> None:
-    """Raise ValueError for images of another size than the recipe's."""
-    if x_BCHW.shape[1:] != (config.in_channels, config.input_size, config.input_size):
-        expected = f"[B, {config.in_channels}, {config.input_size}, {config.input_size}]"
-        raise ValueError(f"the model takes images of shape {expected}, not {list(x_BCHW.shape)}")
+def image_of_patches(x_BTF: Tensor, channels: int, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The image [B, C, H, W] of a grid of patches row by row, each flattened as (row, column, channel)."""
+    x = x_BTF.unflatten(1, grid).unflatten(3, (patch_size, patch_size, channels))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def patch_grid(x_BCHW: Tensor, config: ModelConfig) -> tuple[int, int]:
+    """How many patches high and wide images are.
+
+    Raises ValueError for images of other channels than the recipe's, or that are no whole number of patches.
+    """
+    _, channels, height, width = x_BCHW.shape
+    if channels != config.in_channels or height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"the model takes images of {config.in_channels} channels and sides that are multiples of "
+            f"{config.patch_size}, not {list(x_BCHW.shape)}"
+        )
+    return height // config.patch_size, width // config.patch_size

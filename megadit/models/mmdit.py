@@ -16,9 +16,9 @@ from megadit.models.layers import (
     SINUSOID_CHANNELS,
     Modulation,
     Readout,
-    grid_positions,
+    centred_positions,
     modulate,
-    require_image_shape,
+    patch_grid,
     timestep_sinusoid,
 )
 from megadit.recipe import MMDiTModel
@@ -61,24 +61,22 @@ class MMDiT(nn.Module):
         influence. `pooled` is [B, pooled_dim]. Where `dropped_B` is true the caption is dropped: it becomes one zero
         token and a zero pooled vector, which the biases of the text projections turn into a learned null caption.
         `return_features` asks for (prediction, features of the REPA head [B, T, feature_dim]). Activations take the
-        dtype of the weights. Raises ValueError for an image of another size than the recipe's.
+        dtype of the weights. Raises ValueError for an image that is no whole number of patches.
         """
         config = self.config
-        require_image_shape(x_BCHW, config)
+        grid = patch_grid(x_BCHW, config)
         dtype = self.patch_embed.weight.dtype
-        side = config.input_size // config.patch_size
-        num_image_tokens = side * side
 
         if dropped_B is not None:
             text_lengths = torch.where(dropped_B, 1, text_lengths)
             text = text.masked_fill(dropped_B[:, None, None], 0)
             pooled = pooled.masked_fill(dropped_B[:, None], 0)
         text_mask_BL = torch.arange(text.shape[1], device=text.device) < text_lengths[:, None]
-        key_mask_BS = torch.nn.functional.pad(text_mask_BL, (num_image_tokens, 0), value=True)
+        key_mask_BS = torch.nn.functional.pad(text_mask_BL, (grid[0] * grid[1], 0), value=True)
         text = text.to(dtype).masked_fill(~text_mask_BL[:, :, None], 0)  # a NaN in the padding would pass the mask
 
         image_BTD = self.patch_embed(patchify(x_BCHW.to(dtype), config.patch_size))
-        image_BTD = image_BTD + grid_positions(side, config.width, x_BCHW.device).to(image_BTD.dtype)
+        image_BTD = image_BTD + centred_positions(grid, config, x_BCHW.device).to(image_BTD.dtype)
         text_BLD = self.text_embed(text)
         condition_BD = self.time_embed(timestep_sinusoid(timestep_B).to(dtype)) + self.pooled_embed(pooled.to(dtype))
         condition_BD = torch.nn.functional.silu(condition_BD)
@@ -90,7 +88,7 @@ class MMDiT(nn.Module):
 
         shift, scale = self.final_modulation(condition_BD)
         prediction = self.readout(modulate(image_BTD, shift, scale))
-        prediction = unpatchify(prediction, config.in_channels, config.patch_size)
+        prediction = unpatchify(prediction, config.in_channels, config.patch_size, grid)
         return (prediction, features_BTF) if return_features else prediction
 
 
@@ -191,11 +189,10 @@ def patchify(x_BCHW: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def unpatchify(x_BTF: Tensor, channels: int, patch_size: int) -> Tensor:
-    """The inverse of `patchify` for square images."""
-    side = round(x_BTF.shape[1] ** 0.5)
-    x = x_BTF.unflatten(1, (side, side)).unflatten(3, (channels, patch_size, patch_size))
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(x.shape[0], channels, side * patch_size, side * patch_size)
+def unpatchify(x_BTF: Tensor, channels: int, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for a grid of patches."""
+    x = x_BTF.unflatten(1, grid).unflatten(3, (channels, patch_size, patch_size))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def num_flops(config: MMDiTModel, num_text_tokens: int) -> int:

@@ -18,10 +18,11 @@ from megadit.models.layers import (
     Readout,
     SelfAttention,
     TimestepEmbedder,
+    add_positions,
     fixed_positions,
     image_of_patches,
     modulate,
-    require_image_shape,
+    patch_grid,
 )
 from megadit.randomness import named_generator
 from megadit.recipe import PixArtModel
@@ -61,22 +62,22 @@ class PixArt(nn.Module):
 
         `text` [B, L, text_dim] holds text_lengths [B] tokens per sample, at least one; what lies beyond is padding and
         has no influence. Where `dropped_B` is true, as many tokens of the null caption take the caption's place.
-        Activations take the dtype of the weights. Raises ValueError for an image of another size than the recipe's,
+        Activations take the dtype of the weights. Raises ValueError for an image that is no whole number of patches,
         and for text of more than max_text_tokens tokens.
         """
-        require_image_shape(x_BCHW, self.config)
+        grid = patch_grid(x_BCHW, self.config)
         if text.shape[1] > self.config.max_text_tokens:
             raise ValueError(f"the model takes at most {self.config.max_text_tokens} text tokens, not {text.shape[1]}")
         dtype = self.x_embedder.proj.weight.dtype
-        x_BTD = self.x_embedder(x_BCHW.to(dtype))
-        x_BTD = x_BTD + self.pos_embed.to(x_BTD.dtype)
+        x_BTD = add_positions(self.x_embedder(x_BCHW.to(dtype)), grid, self.config, self.pos_embed)
         time_BD = self.t_embedder(timestep_B, dtype)
         modulation_B6D = self.t_block(time_BD).unflatten(-1, (6, -1))
         text_mask_BL = torch.arange(text.shape[1], device=text.device) < text_lengths[:, None]
         text_BLD = self.y_embedder(text.to(dtype), text_mask_BL, dropped_B)
         for block in self.blocks:
             x_BTD = block(x_BTD, modulation_B6D, text_BLD, text_mask_BL)
-        return image_of_patches(self.final_layer(x_BTD, time_BD), self.config.out_channels, self.config.patch_size)
+        patches_BTF = self.final_layer(x_BTD, time_BD)
+        return image_of_patches(patches_BTF, self.config.out_channels, self.config.patch_size, grid)
 
 
 class CaptionEmbedder(nn.Module):

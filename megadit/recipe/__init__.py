@@ -14,6 +14,7 @@ from megadit.recipe.models import PRESETS, DiTModel, MMDiTModel, ModelConfig, Pi
 from megadit.recipe.schema import (
     Data,
     DDPMObjective,
+    Encoders,
     FlowObjective,
     Objective,
     Optimizer,
@@ -29,6 +30,7 @@ __all__ = [
     "DDPMObjective",
     "Data",
     "DiTModel",
+    "Encoders",
     "FlowObjective",
     "MMDiTModel",
     "ModelConfig",

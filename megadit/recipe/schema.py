@@ -59,14 +59,47 @@ Objective = Annotated[FlowObjective | DDPMObjective, Field(discriminator="kind")
 
 
 class Data(Node):
-    """Where the packed samples lie and how they are dealt. What is dealt at a step depends on nothing else."""
+    """Where the samples lie and how they are dealt. What is dealt at a step depends on nothing else."""
 
-    url: str  # s3://bucket/prefix or file:///folder of a packed data set
+    url: str  # s3://bucket/prefix or file:///folder of a data set
     validation_url: str | None = None
     num_streams: PositiveInt = 4  # K: the number of ranks divides it, it divides the batch size
     chunk_samples: PositiveInt = 8  # C: neighbours read by one Range GET
     chunks_per_group: PositiveInt = 4  # G: chunks whose samples are shuffled together in memory
     num_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes per rank; 0 decodes in the trainer
+    # Of data sets whose pictures lie as they were found: the side in pixels of the square that they are brought to, or
+    # of the square as large as each aspect-ratio bucket.
+    resolution: PositiveInt | None = None
+    aspect_buckets: bool = False
+    decoder: Literal["pillow-draft-bicubic"] = "pillow-draft-bicubic"  # how they are brought to it, to the last bit
+    memory_mb: PositiveInt = 4096  # 10^6 bytes: the most that a rank's stream holds, read and decoded
+    cache_folder: str | None = None  # on a local disk, shared by the ranks of a node; chunks are kept there
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0  # 10^9 bytes
+    client: Literal["boto3", "obstore"] = "boto3"  # who reads from S3; obstore is an optional package
+    max_corrupt_share: Fraction = 0.001  # of a rank's samples; more that are corrupt stop the run
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if self.aspect_buckets and self.resolution is None:
+            raise ValueError("aspect_buckets needs resolution, the side of the square bucket in pixels")
+        return self
+
+
+class Encoders(Node):
+    """Frozen encoders that run in the trainer, for data with captions or pictures and no features of them."""
+
+    text: str | None = None  # minilm, or the folder of a transformers text model
+    max_tokens: PositiveInt = 120  # captions are cut after so many
+    vae: str | None = None  # folder of an AutoencoderKL of diffusers
+    sharded: bool = False  # the weights of the text encoder are spread over the ranks
+
+    @model_validator(mode="after")
+    def _check(self) -> "Encoders":
+        if self.text is None and self.vae is None:
+            raise ValueError("state text, vae or both")
+        if self.sharded and self.text is None:
+            raise ValueError("sharded is about the text encoder; state text")
+        return self
 
 
 class Optimizer(Node):
@@ -174,6 +207,7 @@ class Recipe(Node):
     parametrization: Parametrization
     objective: Objective = FlowObjective()
     data: Data
+    encoders: Encoders | None = None
     optimizer: Optimizer
     training: Training
     engine: Engine = Engine()
@@ -191,6 +225,8 @@ class Recipe(Node):
             raise ValueError(f"data.num_streams {streams} must divide training.batch_size {batch}")
         if self.engine.kind == "single" and ranks != 1:
             raise ValueError(f"engine.kind single runs on one rank, not {ranks}; use another engine.kind")
+        if self.encoders and self.encoders.sharded and self.engine.kind == "single":
+            raise ValueError("encoders.sharded needs an engine of several ranks; engine.kind is single")
         if self.validation and self.data.validation_url is None:
             raise ValueError("validation needs data.validation_url")
         _check_model_and_objective(self)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit import models
+from megadit.data.autoencoder import Autoencoder
 from megadit.data.batch import pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.initialisation import set_multipliers
@@ -16,7 +17,6 @@ from megadit.parametrization.table import build_table
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Recipe
 from megadit.sampling import ddpm, flow
-from megadit.sampling.autoencoder import Autoencoder
 from megadit.sampling.grid import draw_grid
 from megadit.sampling.guidance import guide
 from megadit.training import checkpoint, run_folder
@@ -48,7 +48,7 @@ def sample(
     if not prompts:
         raise ValueError("nothing to sample: give at least one prompt")
     model, recipe = load_model(run, ema)
-    decoder = Autoencoder.load(vae, recipe.model) if vae is not None else None
+    decoder = load_decoder(vae, recipe) if vae is not None else None
     if decoder is None and recipe.model.in_channels != 3:
         raise ValueError(
             f"the model makes latents of {recipe.model.in_channels} channels: give the autoencoder's folder"
@@ -107,7 +107,7 @@ def encode_prompts(run: Path, recipe: Recipe, prompts: Sequence[str], encoder: s
     """The conditions of a run's model for B prompts, by name; see `sample`."""
     if recipe.model.family == "dit":
         return {"labels": class_numbers(prompts, run_folder.load_manifest(run).labels)}
-    tokens, lengths, pooled = pad_text(load_encoder(run, encoder).encode(list(prompts)))
+    tokens, lengths, pooled = pad_text(load_encoder(run, recipe, encoder).encode(list(prompts)))
     features = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
     return {name: features[name] for name in models.CONDITIONS[recipe.model.family]}
 
@@ -126,9 +126,22 @@ def class_numbers(prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
     return torch.tensor([numbers[prompt] for prompt in prompts])
 
 
-def load_encoder(run: Path, name_or_path: str | None = None) -> TextEncoder:
+def load_decoder(vae: str, recipe: Recipe) -> Autoencoder:
+    """The autoencoder in the folder `vae`; ValueError if its latents are not the model's."""
+    decoder, channels = Autoencoder.load(vae), recipe.model.in_channels
+    if decoder.channels != channels:
+        raise ValueError(
+            f"autoencoder {vae!r} has latents of {decoder.channels} channels, model.in_channels is {channels}"
+        )
+    return decoder
+
+
+def load_encoder(run: Path, recipe: Recipe, name_or_path: str | None = None) -> TextEncoder:
     """The text encoder whose features the run was trained on; ValueError if what is there is another."""
     facts = run_folder.load_manifest(run).text
+    if facts is None:
+        assert recipe.encoders is not None and recipe.encoders.text is not None, "models with text are trained on text"
+        return TextEncoder.load(name_or_path or recipe.encoders.text, recipe.encoders.max_tokens)
     encoder = TextEncoder.load(name_or_path or facts.encoder, facts.max_tokens)
     if encoder.weights_sha256 != facts.weights_sha256:
         raise ValueError(

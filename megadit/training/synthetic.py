@@ -68,6 +68,7 @@ def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: 
         drop_uniform=torch.ones(size),
         epoch=torch.zeros(size, dtype=torch.int64),
         sample=torch.arange(size),
+        replaced=torch.zeros(size, dtype=torch.int64),
     )
     return batch.to(device)
 

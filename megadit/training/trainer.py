@@ -18,13 +18,15 @@ from megadit.engines.base import Engine, LossClosure
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, resuming, run_folder
+from megadit.training.data_fits import check_data_fits
 from megadit.training.ema import Averages
+from megadit.training.online import OnlineEncoders
 from megadit.training.ranks import on_every_rank, on_first_rank, process_group, rank, world_size
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
 from megadit.training.skipped import SkippedSteps
 from megadit.training.telemetry import Phase, Telemetry
-from megadit.training.validation import validate
+from megadit.training.validation import ValidationLoss, validate
 from megadit.training.watchdog import Watchdog
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 75  # 75 is EX_TEMPFAIL: run it again
@@ -56,11 +58,12 @@ def train(
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
         check_data_fits(recipe, manifest)
+        encoders = OnlineEncoders(recipe.encoders, recipe, base.process_device()) if recipe.encoders else None
         on_first_rank(lambda: resuming.check(resume, run, recipe, manifest))
         on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
-        return Trainer(recipe, run, engines.build(recipe), stop, end).train(resume)
+        return Trainer(recipe, run, engines.build(recipe), encoders, stop, end).train(resume)
 
 
 def require_one_recipe(recipe: Recipe) -> None:
@@ -75,37 +78,22 @@ def require_one_recipe(recipe: Recipe) -> None:
     on_every_rank(compare)
 
 
-def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
-    """Raise ValueError unless the model takes the pictures and the text features of the data set."""
-    image, text = manifest.image, manifest.text
-    theirs = {
-        "input_size": image.size,
-        "in_channels": image.channels,
-        "text_dim": text.dim,
-        "pooled_dim": text.pooled_dim,
-        "num_classes": len(manifest.labels),
-    }
-    settings = recipe.model.model_dump()
-    pairs = {f"model.{key}": (settings[key], value) for key, value in theirs.items() if key in settings}
-    if "max_text_tokens" in settings and settings["max_text_tokens"] < text.max_tokens:
-        raise ValueError(
-            f"the data at {recipe.data.url} has captions of up to {text.max_tokens} tokens, "
-            f"the model takes model.max_text_tokens {settings['max_text_tokens']}"
-        )
-    wrong = [f"{key} is {ours}, the data has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
-    if wrong:
-        raise ValueError(f"the model does not fit the data at {recipe.data.url}: {'; '.join(wrong)}")
-
-
 class Trainer:
     """One run: steps, averages, validation, checkpoints, reports."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, engine: Engine, stop: StopRequest, end: Callable[[Exception], object]
+        self,
+        recipe: Recipe,
+        run: Path,
+        engine: Engine,
+        encoders: OnlineEncoders | None,
+        stop: StopRequest,
+        end: Callable[[Exception], object],
     ) -> None:
         self._recipe = recipe
         self._run = run
         self._engine = engine
+        self._encoders = encoders
         self._stop = stop
         self._objective = objectives.build(recipe, engine.device)
         self._averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
@@ -172,6 +160,8 @@ class Trainer:
         step = self._images_seen // batch_size
         timestep_B = self._objective.timesteps(batch.timestep_uniform)
         micro_batch_size = self._recipe.training.micro_batch_size or len(batch)
+        if self._encoders is not None:
+            batch = self._encoders.encode_training(batch, micro_batch_size)
         losses = [
             self._telemetry.timed(self._loss_of(part, part_B))
             for part, part_B in zip(batch.split(micro_batch_size), timestep_B.split(micro_batch_size), strict=True)
@@ -200,10 +190,13 @@ class Trainer:
         return bool(base.sum_over_ranks(torch.tensor(int(bool(self._stop)))).item())
 
     def _validate(self, reporter: Reporter) -> None:
-        reporter.validation(self._images_seen, "raw", validate(self._engine, self._objective, self._recipe))
+        def loss() -> ValidationLoss:
+            return validate(self._engine, self._objective, self._recipe, self._encoders)
+
+        reporter.validation(self._images_seen, "raw", loss())
         for name, values in self._averages.by_name().items():
             with base.replaced_weights(self._engine, values):
-                reporter.validation(self._images_seen, name, validate(self._engine, self._objective, self._recipe))
+                reporter.validation(self._images_seen, name, loss())
 
     def _save(self) -> None:
         self._saver.save(self._images_seen, self._num_updates)

@@ -6,16 +6,19 @@ to go with sample quality, arXiv 2403.03206, section 5.3). Sums are in float64 o
 depend on how many there are.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megadit.data.stream import validation_batches
 from megadit.engines.base import Engine, sum_over_ranks
 from megadit.objectives import Objective
 from megadit.recipe import Recipe
-from megadit.training.ranks import rank, world_size
+from megadit.training.online import OnlineEncoders
+from megadit.training.ranks import on_every_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -25,30 +28,55 @@ class ValidationLoss:
     constant_loss: float  # of the best constant prediction: the variance of the targets over the set
 
 
-def validate(engine: Engine, objective: Objective, recipe: Recipe) -> ValidationLoss:
+def validate(
+    engine: Engine, objective: Objective, recipe: Recipe, encoders: OnlineEncoders | None = None
+) -> ValidationLoss:
     """Score the engine's present weights on the whole validation set."""
     settings = recipe.validation
     assert settings is not None and recipe.data.validation_url is not None
     strata = settings.num_timesteps
     sums = torch.zeros(strata, 2, dtype=torch.float64)  # loss, count
-    first = second = torch.zeros((), dtype=torch.float64)  # moments of the targets, per element of an image
+    moments = _Moments()
     for batch, weight_B in validation_batches(
-        recipe.data.validation_url, recipe.seed, rank(), world_size(), settings.batch_size, strata
+        recipe.data, recipe.seed, rank(), world_size(), settings.batch_size, strata
     ):
-        fraction_B, on_device = batch.timestep_uniform, batch.to(engine.device)
+        fraction_B = batch.timestep_uniform
+        on_device = batch.to(engine.device) if encoders is None else encoders.encode_validation(batch)
         timestep_B = objective.timesteps_at(on_device.timestep_uniform)
         closure = partial(objective.losses, batch=on_device, timestep_B=timestep_B)
         loss_B = engine.evaluate(closure).double().cpu()
         stratum_B = (fraction_B * strata).long()
         sums[:, 0].index_add_(0, stratum_B, loss_B * weight_B)
         sums[:, 1].index_add_(0, stratum_B, weight_B.double())
-        target = objective.targets(batch).double() * weight_B.double().view(-1, 1, 1, 1)
-        first = first + target.sum(0)
-        second = second + target.square().sum(0)
-    counts = sum_over_ranks(sums)[:, 1].sum()
-    mean, mean_square = sum_over_ranks(first) / counts, sum_over_ranks(second) / counts
+        moments.add(objective.targets(on_device).cpu().double(), weight_B.double())
+    sum_over_ranks(sums)
     return ValidationLoss(
-        loss=(sums[:, 0].sum() / counts).item(),
+        loss=(sums[:, 0].sum() / sums[:, 1].sum()).item(),
         loss_strata=(sums[:, 0] / sums[:, 1]).tolist(),
-        constant_loss=(mean_square - mean.square()).mean().item(),
+        constant_loss=moments.variance(),
     )
+
+
+class _Moments:
+    """Of the targets: per element of an image, for each resolution."""
+
+    def __init__(self) -> None:
+        self._count: defaultdict[torch.Size, float] = defaultdict(float)
+        self._sums: dict[torch.Size, Tensor] = {}  # [2, C, H, W]: of values and of squares
+
+    def add(self, target_BCHW: Tensor, weight_B: Tensor) -> None:
+        shape, weights = target_BCHW.shape[1:], weight_B.view(-1, 1, 1, 1)
+        self._count[shape] += weight_B.sum().item()
+        sums = torch.stack([(target_BCHW * weights).sum(0), (target_BCHW.square() * weights).sum(0)])
+        self._sums[shape] = self._sums.get(shape, torch.zeros_like(sums)) + sums
+
+    def variance(self) -> float:
+        """The mean over all samples of all ranks; all ranks call this together."""
+        total, weighted = 0.0, 0.0
+        for shape in sorted(set().union(*on_every_rank(lambda: set(self._sums)))):
+            sums = sum_over_ranks(self._sums.get(shape, torch.zeros(2, *shape, dtype=torch.float64)))
+            count = sum_over_ranks(torch.tensor(float(self._count[shape]), dtype=torch.float64)).item()
+            mean, mean_square = sums / count
+            weighted += count * (mean_square - mean.square()).mean().item()
+            total += count
+        return weighted / total

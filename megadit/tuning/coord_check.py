@@ -22,8 +22,9 @@ from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines.base import sum_over_ranks
 from megadit.recipe import Recipe, parse
+from megadit.training.data_fits import check_data_fits
+from megadit.training.online import OnlineEncoders
 from megadit.training.ranks import process_group, rank, world_size
-from megadit.training.trainer import check_data_fits
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +109,12 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     objective = objectives.build(recipe, engine.device)
     stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
     batches = stream.iterate(0)
-    batch = next(batches).to(engine.device)
+    batch = next(batches)
     batches.close()
-    timestep_B = objective.timesteps(batch.timestep_uniform)
-
     size = recipe.training.micro_batch_size or len(batch)
+    encoders = OnlineEncoders(recipe.encoders, recipe, engine.device) if recipe.encoders else None
+    batch = encoders.encode_training(batch, size) if encoders else batch.to(engine.device)
+    timestep_B = objective.timesteps(batch.timestep_uniform)
     parts = list(zip(batch.split(size), timestep_B.split(size), strict=True))
     steps = []
     for _ in range(num_steps):

@@ -20,8 +20,8 @@ from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 from megadit.training import run_folder
+from megadit.training.data_fits import check_data_fits
 from megadit.training.signals import StopRequest, stop_on_signal
-from megadit.training.trainer import check_data_fits
 from megadit.tuning import space as spaces, trial as trials
 from megadit.tuning.curve import Curve, Divergence, Metric, find_divergence
 from megadit.tuning.space import Dimension, Point
@@ -61,7 +61,8 @@ def sweep(
     space = [*(spaces.paper_space(base) if preset == "paper" else []), *space]
     points = _points(spaces.parse_space(space), sampler, num_trials, seed)
     manifest = _check(base, source, overrides, points, metric)
-    data = {"url": base.data.url, "fingerprint": manifest.fingerprint, "max_text_tokens": manifest.text.max_tokens}
+    max_text_tokens = manifest.text.max_tokens if manifest.text else 0
+    data = {"url": base.data.url, "fingerprint": manifest.fingerprint, "max_text_tokens": max_text_tokens}
     study = open_or_create(folder or Path("studies") / base.name, base, metric, data)
     search = {"space": list(space), "sampler": sampler, "num_trials": num_trials, "seed": seed}
     asked = sorted(study.add(points, search), key=_cost)  # small models first, for a quick look
@@ -234,7 +235,7 @@ def _check(base: Recipe, source: str, overrides: Sequence[str], points: Sequence
     checked: set[str] = set()
     for point in points:
         recipe = recipes.load(source, [*overrides, *point])
-        facts = recipe.model_dump_json(include={"model": True, "parametrization": True, "data": {"url"}})
+        facts = recipe.model_dump_json(include={"model": True, "parametrization": True, "data": True, "encoders": True})
         if facts not in checked:
             build_table(recipe)
             check_data_fits(recipe, Manifest.load(recipe.data.url))

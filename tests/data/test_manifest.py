@@ -1,4 +1,6 @@
+import hashlib
 import json
+import mmap
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadit.data.manifest import Index, Manifest, ManifestError
-from megadit.data.storage import open_store
+from megadit.data.index import PLACE
+from megadit.data.manifest import Manifest, ManifestError
+from megadit.data.storage import StorageError, open_store
 
 
 def edit(folder: Path, change: Callable[[dict], object]) -> str:
@@ -24,16 +27,36 @@ def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed / "train", tmp_path / "copy"))
 
 
-def test_round_trip(packed: Path) -> None:
+def test_round_trip(packed: Path, tmp_path: Path) -> None:
     url = str(packed / "train")
     manifest = Manifest.load(url)
     assert (packed / "train" / "manifest.json").read_bytes() == manifest.dump()
-    data = (packed / "train" / "index.npz").read_bytes()
     index = manifest.load_index(open_store(url))
-    assert index.to_bytes() == data
-    assert index.keys.shape == index.shard.shape == (manifest.num_samples,)
-    assert np.bincount(index.shard).tolist() == [shard.samples for shard in manifest.shards]
-    assert index.offset["png"].dtype == np.int64
+    assert index.keys.shape == (manifest.num_samples,)
+    assert index.places["png"].dtype == PLACE
+    assert PLACE.itemsize == 16
+    assert isinstance(index.keys.base, mmap.mmap)
+    assert index.write(open_store(str(tmp_path))) == manifest.index
+    for path in (packed / "train" / "index").iterdir():
+        assert (tmp_path / "index" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_an_index_in_s3_is_copied_once(packed: Path, s3_bucket: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MEGADIT_CACHE", str(tmp_path))
+    manifest, store = Manifest.load(str(packed / "train")), open_store(f"{s3_bucket}/indexed")
+    original = manifest.load_index(open_store(str(packed / "train")))
+    original.write(store)
+    index = manifest.load_index(store)
+    copies = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert len(copies) == len(manifest.index)
+    assert isinstance(index.keys.base, mmap.mmap)
+    assert all(np.array_equal(index.places[kind], original.places[kind]) for kind in manifest.members)
+    manifest.load_index(store)
+    assert copies == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    store.put("index/key.npy", b"another")
+    (tmp_path / manifest.index["key"][:2] / f"{manifest.index['key']}-key.npy").unlink()
+    with pytest.raises(StorageError, match=r"s3://.*/index/key.npy: this file does not belong to the manifest"):
+        manifest.load_index(store)
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
@@ -49,12 +72,15 @@ def test_a_bucket_that_is_missing(s3_bucket: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree.update(version=2), r"format version 2; this megadit reads version 1"),
+        (lambda tree: tree.update(version=1), r"format version 1; this megadit reads version 2"),
         (lambda tree: tree.pop("version"), r"format version None"),
-        (lambda tree: tree["image"].update(size="big"), r"image.size: Input should be a valid integer"),
+        (lambda tree: tree["text"].update(dim="big"), r"text.dim: Input should be a valid integer"),
         (lambda tree: tree.update(extra=1), r"extra: Extra inputs are not permitted"),
         (lambda tree: tree.update(num_samples=5), r"do not have the 5 samples"),
-        (lambda tree: tree["shards"][0].update(bucket="16x32"), r"resolution buckets 16x16, 16x32; only one"),
+        (
+            lambda tree: tree["shards"][0].update(bucket=None),
+            r"some shards have a resolution bucket and some",
+        ),
         (lambda tree: tree.update(labels=["cat", "dog"]), r"the fingerprint does not belong"),
         (lambda tree: tree["shards"].reverse(), r"the fingerprint does not belong"),
     ],
@@ -72,13 +98,19 @@ def test_a_manifest_that_is_no_json(copy: Path) -> None:
 
 
 def test_an_index_of_another_data_set(copy: Path, packed: Path) -> None:
-    shutil.copy(packed / "validation" / "index.npz", copy)
-    with pytest.raises(ManifestError, match=r"index.npz: the index does not belong to the manifest"):
+    shutil.copy(packed / "validation" / "index" / "key.npy", copy / "index")
+    with pytest.raises(StorageError, match=r"index/key.npy: this file does not belong to the manifest"):
         Manifest.load(str(copy)).load_index(open_store(str(copy)))
 
 
-def test_an_index_with_python_objects_is_refused(packed: Path, tmp_path: Path) -> None:
-    with np.load(packed / "train" / "index.npz") as columns:
-        np.savez(tmp_path / "evil.npz", **(dict(columns) | {"keys": np.array([print], dtype=object)}))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        Index.from_bytes((tmp_path / "evil.npz").read_bytes())
+def test_an_index_with_python_objects_is_refused(copy: Path) -> None:
+    def names_it(tree: dict) -> None:
+        np.save(copy / "index" / "key.npy", np.array([print], dtype=object))
+        tree["index"]["key"] = hashlib.sha256((copy / "index" / "key.npy").read_bytes()).hexdigest()
+
+    edit(copy, names_it)
+    with pytest.raises(ManifestError, match="fingerprint"):
+        Manifest.load(str(copy))
+    edit(copy, lambda tree: tree.update(fingerprint=Manifest.model_validate(tree).sealed().fingerprint))
+    with pytest.raises(ValueError, match="Python objects"):
+        Manifest.load(str(copy)).load_index(open_store(str(copy)))

@@ -13,9 +13,10 @@ import pytest
 import webdataset
 from PIL import Image, ImageOps
 
-from megadit.data.manifest import MEMBERS, Manifest
-from megadit.data.pack import PackError
-from megadit.data.sources import concept, open_source
+from megadit.data.manifest import Manifest
+from megadit.data.packing.settings import PackError
+from megadit.data.packing.source import SourceError, concept
+from megadit.data.sources import open_source
 from megadit.data.storage import StorageError, open_store
 from megadit.data.text_encoder import TextEncoder
 
@@ -29,7 +30,8 @@ def test_splits(packed: Path) -> None:
     for split in ("train", "validation"):
         index = Manifest.load(str(packed / split)).load_index(open_store(str(packed / split)))
         keys[split] = [key.decode() for key in index.keys]
-    selected = open_source("emoji").select(["group=animals-nature", "skin_tone=false"])
+    source = open_source("emoji")
+    selected = [source.key(number) for number in source.select(["group=animals-nature", "skin_tone=false"])]
     assert sorted(keys["train"] + keys["validation"]) == sorted(selected)
     assert 0.02 < len(keys["validation"]) / len(selected) < 0.3
     assert keys["train"] != [key for key in selected if key in set(keys["train"])]  # shuffled
@@ -49,9 +51,8 @@ def test_the_held_out_share_does_not_depend_on_seed_and_size(
 
 def test_variants_of_a_picture_stay_together(pack_animals: Callable, tmp_path: Path) -> None:
     pack_animals(str(tmp_path), where=["subgroup=hand-fingers-open"], holdout=3, size=8)
-    metadata = open_source("emoji").metadata
     concepts = [
-        {concept(metadata[key.decode()]) for key in Manifest.load(url).load_index(open_store(url)).keys}
+        {concept(key.decode()) for key in Manifest.load(url).load_index(open_store(url)).keys}
         for url in (str(tmp_path / "train"), str(tmp_path / "validation"))
     ]
     assert all(concepts)
@@ -64,24 +65,24 @@ def test_tar_tools_and_the_index_agree(packed: Path, encoder: TextEncoder) -> No
     index = manifest.load_index(open_store(str(folder)))
     source = open_source("emoji")
     sample = 0
-    for number, shard in enumerate(manifest.shards):
+    for shard in manifest.shards:
         data = (folder / shard.name).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.num_bytes, shard.sha256)
         listed = subprocess.run(["tar", "-tf", folder / shard.name], capture_output=True, text=True, check=True)
         with tarfile.open(folder / shard.name) as tar:
             members = tar.getmembers()
             assert [member.name for member in members] == listed.stdout.split()
-            assert len(members) == shard.samples * len(MEMBERS)
+            assert len(members) == shard.num_samples * len(manifest.members)
             for place, member in enumerate(members):
-                kind, row = MEMBERS[place % len(MEMBERS)], sample + place // len(MEMBERS)
-                assert index.shard[row] == number
+                row, column = divmod(place, len(manifest.members))
+                row, kind = row + sample, manifest.members[column]
                 assert member.name == f"{index.keys[row].decode()}.{kind}"
-                assert (member.offset_data, member.size) == (index.offset[kind][row], index.size[kind][row])
+                assert (member.offset_data, member.size) == tuple(index.places[kind][row].item()[:2])
                 content = tar.extractfile(member)
                 assert content is not None
-                assert zlib.crc32(content.read()) == index.crc32[kind][row]
+                assert zlib.crc32(content.read()) == index.places[kind][row]["crc32"]
                 assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
-        sample += shard.samples
+        sample += shard.num_samples
     caption = source.metadata[index.keys[0].decode()]["caption"]
     with tarfile.open(folder / manifest.shards[0].name) as tar:
         content = tar.extractfile(f"{index.keys[0].decode()}.text.npy")
@@ -97,6 +98,7 @@ def test_webdataset_reads_the_shards(packed: Path) -> None:
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("pil"):
         key = sample["__key__"]
         assert sample["json"] == source.metadata[key]
+        assert sample["txt"] == source.metadata[key]["caption"]
         expected = ImageOps.fit(source.image(key), (16, 16), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(np.asarray(sample["png"]), np.asarray(expected))
         assert sample["text.npy"].dtype == sample["pooled.npy"].dtype == np.float16
@@ -124,7 +126,7 @@ def test_what_is_there_is_kept(pack_animals: Callable, tmp_path: Path) -> None:
     again = pack_animals(str(tmp_path))
     assert again.skipped
     assert (again.train, again.validation) == (first.train, first.validation)
-    with pytest.raises(PackError, match=r"/train has another data set \(emoji/train, \d+ samples, size 16, "):
+    with pytest.raises(PackError, match=r"/train has another data set \(emoji/train, \d+ samples, 16x16, "):
         pack_animals(str(tmp_path), size=8)
     assert files(tmp_path) == before
 
@@ -141,7 +143,7 @@ def test_a_broken_pack_is_no_data_set_and_is_mended(pack_animals: Callable, pack
             pack_animals(str(tmp_path), on_progress=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(files(tmp_path)) == ["train/shard-000000.tar"]
+    assert sorted(files(tmp_path)) == ["train/shard-000000.tar", "train/shards/shard-000000.json"]
     assert not pack_animals(str(tmp_path)).skipped
     assert files(tmp_path) == files(packed)
     (tmp_path / "validation" / "manifest.json").unlink()  # broken between the two
@@ -161,16 +163,17 @@ def test_the_fingerprint_is_of_the_contents(pack_animals: Callable, packed: Path
 def test_labels_are_the_classes_of_both_splits(pack_animals: Callable, packed: Path, tmp_path: Path) -> None:
     result = pack_animals(str(tmp_path), label="subgroup")
     source = open_source("emoji")
-    selected = [source.metadata[key]["subgroup"] for key in source.select(["group=animals-nature", "skin_tone=false"])]
+    chosen = source.select(["group=animals-nature", "skin_tone=false"])
+    selected = [source.metadata[source.key(number)]["subgroup"] for number in chosen]
     assert result.train.labels == result.validation.labels == tuple(sorted(set(selected)))
     seen = set()
     for split, manifest in (("train", result.train), ("validation", result.validation)):
         index = manifest.load_index(open_store(str(tmp_path / split)))
-        assert index.label is not None
-        assert index.label.dtype == np.int32
-        for key, number in zip(index.keys, index.label, strict=True):
+        assert index.labels is not None
+        assert index.labels.dtype == np.int32
+        for key, number in zip(index.keys, index.labels, strict=True):
             assert manifest.labels[number] == source.metadata[key.decode()]["subgroup"]
-        seen |= set(index.label.tolist())
+        seen |= set(index.labels.tolist())
         assert Manifest.load(str(tmp_path / split)) == manifest
         plain = Manifest.load(str(packed / split))
         assert [shard.sha256 for shard in manifest.shards] == [shard.sha256 for shard in plain.shards]
@@ -183,23 +186,23 @@ def test_labels_are_the_classes_of_both_splits(pack_animals: Callable, packed: P
 
 def test_a_pack_without_labels_says_nothing_of_them(packed: Path) -> None:
     assert Manifest.load(str(packed / "train")).labels == ()
-    assert b"label" not in (packed / "train" / "manifest.json").read_bytes()
-    with np.load(packed / "train" / "index.npz") as columns:
-        assert "label" not in columns
+    assert not (packed / "train" / "index" / "label.npy").exists()
 
 
 def test_a_picture_without_a_label(pack_animals: Callable, tmp_path: Path) -> None:
-    with pytest.raises(PackError, match=r"label 'colour': the picture '[-\w]+' has no text in that field; .*subgroup"):
+    with pytest.raises(
+        SourceError, match=r"label 'colour': the picture '[-\w]+' has no text in that field; .*subgroup"
+    ):
         pack_animals(str(tmp_path), label="colour")
-    with pytest.raises(PackError, match="label 'skin_tone': .* has no text in that field"):
+    with pytest.raises(SourceError, match="label 'skin_tone': .* has no text in that field"):
         pack_animals(str(tmp_path), label="skin_tone")
     assert not files(tmp_path)
 
 
-@pytest.mark.parametrize("setting", ["size", "shard_samples", "holdout"])
-def test_bad_settings(pack_animals: Callable, tmp_path: Path, setting: str) -> None:
-    with pytest.raises(PackError, match=f"{setting} 0 must be at least"):
-        pack_animals(str(tmp_path), **{setting: 0})
+@pytest.mark.parametrize(("setting", "value"), [("size", 0), ("shard_samples", 0), ("holdout", 1), ("holdout", -2)])
+def test_bad_settings(pack_animals: Callable, tmp_path: Path, setting: str, value: int) -> None:
+    with pytest.raises(PackError, match=f"{setting} {value} must be at least"):
+        pack_animals(str(tmp_path), **{setting: value})
     with pytest.raises(PackError, match="leave validation empty"):
         pack_animals(str(tmp_path), holdout=10**9)
     assert not files(tmp_path)

@@ -2,10 +2,12 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from megadit.data.sources import SourceError, concept, open_source
+from megadit.data.packing.source import SourceError, concept
+from megadit.data.sources import open_source
 
 RECORDS = [
     {"key": "red", "caption": "a red square", "tags": ["red"]},
@@ -37,7 +39,9 @@ def test_folder_and_zip_are_one(folder: Path) -> None:
         assert source.image("red").getpixel((0, 0)) == (255, 0, 0)
         assert source.image("clear").getpixel((0, 0)) == (255, 255, 255)
         assert source.image("clear").mode == "RGB"
-        assert source.select(["hidden=true"]) == ["clear"]
+        assert source.select(["hidden=true"]).tolist() == [1]
+        assert [source.key(number) for number in (0, 1)] == ["red", "clear"]
+        assert source.sizes(np.array([1, 0])).tolist() == [[4, 4], [4, 4]]
     assert sources[0].digest == sources[1].digest
     Image.new("RGB", (4, 4), (254, 0, 0)).save(folder / "images" / "red.png")
     assert open_source(str(folder)).digest != sources[0].digest
@@ -54,8 +58,8 @@ def test_the_shipped_pictures() -> None:
 
 def test_every_skin_tone_shares_its_concept_with_a_plain_picture() -> None:
     records = open_source("emoji").metadata.values()
-    plain = {concept(record) for record in records if not record["skin_tone"]}
-    toned = [concept(record) for record in records if record["skin_tone"]]
+    plain = {concept(record["key"]) for record in records if not record["skin_tone"]}
+    toned = [concept(record["key"]) for record in records if record["skin_tone"]]
     assert len(toned) == 1520
     assert set(toned) <= plain
 
@@ -79,7 +83,9 @@ def test_bad_captions(folder: Path, records: list, message: str) -> None:
 
 
 def test_bad_sources(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(SourceError, match=r"no source 'emojis': give a folder, a zip file or one of emoji"):
+    with pytest.raises(
+        SourceError, match=r"no source 'emojis': give a folder, a zip file, a data set .* or one of emoji"
+    ):
         open_source("emojis")
     with pytest.raises(SourceError, match="not a zip file"):
         open_source(str(folder / "captions.jsonl"))

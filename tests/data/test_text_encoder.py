@@ -72,7 +72,8 @@ def test_an_encoder_of_an_encoder_decoder_model(minilm_folder: Path, tmp_path: P
     T5EncoderModel(config).save_pretrained(tmp_path)
     BertTokenizerFast.from_pretrained(minilm_folder).save_pretrained(tmp_path)
     features = TextEncoder.load(str(tmp_path)).encode(["fox", "cat face"])
-    assert features[1].tokens.shape[1] == features[1].pooled.shape[0] == 16
+    assert features[1].tokens.shape[1] == features[1].pooled.shape[0] == TextEncoder.hidden_size(str(tmp_path)) == 16
+    assert TextEncoder.hidden_size("minilm") == 384
 
 
 def test_padding(encoder: TextEncoder) -> None:

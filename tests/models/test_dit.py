@@ -72,6 +72,16 @@ def test_forward_and_gradients_equal_diffusers(config: DiTModel) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5 * max(1, scale), msg=name)
 
 
+def test_a_larger_square_equals_diffusers() -> None:
+    """(Their class takes squares alone.)"""
+    config = CONFIGS["published timesteps"]
+    ours, theirs = matching_pair(config)
+    x, timestep, labels = random_batch(config, batch=2)
+    x = torch.randn(*x.shape[:2], 12, 12)
+    expected = theirs(x, timestep, labels).sample
+    torch.testing.assert_close(ours(x, timestep.float(), labels=labels), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_timestep_frequencies_of_diffusers_are_not_the_published_ones() -> None:
     config = CONFIGS["published timesteps"]
     ours, theirs = matching_pair(config)
@@ -140,8 +150,8 @@ def test_wrong_input_is_named() -> None:
     config = CONFIGS["no sigma"]
     x, timestep, labels = random_batch(config, batch=2)
     model = DiT(config)
-    with pytest.raises(ValueError, match=r"\[B, 2, 5, 5\], not \[2, 2, 5, 4\]"):
-        model(x[..., :4], timestep, labels=labels)
+    with pytest.raises(ValueError, match=r"2 channels and sides that are multiples of 1, not \[2, 1, 5, 5\]"):
+        model(x[:, :1], timestep, labels=labels)
     with pytest.raises(ValueError, match="labels must be from 0 to 6, not 3 to 7"):
         model(x, timestep, labels=torch.tensor([3, 7]))
 

@@ -1,5 +1,6 @@
 """MMDiT against SD3Transformer2DModel of diffusers, and what padding, precision and the meta device may change."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -170,16 +171,34 @@ def test_bf16_is_as_exact_as_diffusers(autocast: bool) -> None:
 def test_wrong_image_size_is_named() -> None:
     config = CONFIGS["pixels"]
     x, t, conditions = random_batch(config, batch=2, length=3)
-    with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\], not \[2, 3, 16, 12\]"):
-        MMDiT(config)(x[..., :12], t, **conditions)
+    with pytest.raises(ValueError, match=r"3 channels and sides that are multiples of 4, not \[2, 3, 16, 14\]"):
+        MMDiT(config)(x[..., :14], t, **conditions)
 
 
-@given(side=st.integers(1, 4), patch=st.integers(1, 3), channels=st.integers(1, 3), batch=st.integers(1, 2))
-def test_unpatchify_inverts_patchify(side: int, patch: int, channels: int, batch: int) -> None:
-    x = torch.arange(batch * channels * (side * patch) ** 2).reshape(batch, channels, side * patch, side * patch)
+@given(
+    height=st.integers(1, 4),
+    width=st.integers(1, 4),
+    patch=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    batch=st.integers(1, 2),
+)
+def test_unpatchify_inverts_patchify(height: int, width: int, patch: int, channels: int, batch: int) -> None:
+    shape = (batch, channels, height * patch, width * patch)
+    x = torch.arange(math.prod(shape)).reshape(shape)
     patches = patchify(x, patch)
-    assert patches.shape == (batch, side * side, channels * patch * patch)
-    assert torch.equal(unpatchify(patches, channels, patch), x)
+    assert patches.shape == (batch, height * width, channels * patch * patch)
+    assert torch.equal(unpatchify(patches, channels, patch, (height, width)), x)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (8, 2), (6, 4)])
+def test_other_aspect_ratios_equal_diffusers(height: int, width: int) -> None:
+    """(Their class takes no more than the table that it crops positions from has.)"""
+    config = CONFIGS["latents"]
+    ours, theirs = matching_pair(config)
+    x, t, conditions = random_batch(config, batch=2, length=5)
+    x = torch.randn(*x.shape[:2], height, width)
+    expected = theirs(x, conditions["text"], conditions["pooled"], t).sample
+    torch.testing.assert_close(ours(x, t, **conditions), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -83,6 +83,16 @@ def test_forward_and_gradients_equal_diffusers(config: PixArtModel) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5 * max(1, scale), msg=name)
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 16), (12, 6), (16, 16)])
+def test_other_aspect_ratios_equal_diffusers(height: int, width: int) -> None:
+    config = CONFIGS["latents"]
+    ours, theirs = matching_pair(config)
+    x, timestep, text = random_batch(config, batch=2, length=5)
+    x = torch.randn(*x.shape[:2], height, width)
+    y = ours(x, timestep.float(), text=text, text_lengths=torch.tensor([5, 5]))
+    torch.testing.assert_close(y, theirs(x, text, timestep).sample, rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=3, max_size=3),
@@ -196,8 +206,8 @@ def test_wrong_input_is_named() -> None:
     config = CONFIGS["no sigma"]
     x, timestep, text = random_batch(config, batch=2, length=8)
     model = PixArt(config)
-    with pytest.raises(ValueError, match=r"\[B, 2, 5, 5\], not \[2, 2, 5, 4\]"):
-        model(x[..., :4], timestep, text=text[:, :7], text_lengths=torch.tensor([7, 7]))
+    with pytest.raises(ValueError, match=r"2 channels and sides that are multiples of 1, not \[2, 1, 5, 5\]"):
+        model(x[:, :1], timestep, text=text[:, :7], text_lengths=torch.tensor([7, 7]))
     with pytest.raises(ValueError, match="at most 7 text tokens, not 8"):
         model(x, timestep, text=text, text_lengths=torch.tensor([7, 7]))
 

@@ -53,6 +53,7 @@ def make_batch(size: int, seed: int = 0) -> Batch:
         drop_uniform=torch.rand(size, generator=draws),
         epoch=torch.zeros(size, dtype=torch.int64),
         sample=torch.arange(size),
+        replaced=torch.zeros(size, dtype=torch.int64),
     )
 
 

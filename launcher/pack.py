@@ -1,0 +1,62 @@
+"""`megadit data pack`: start the local ranks that share the shards, or be one of them."""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from megadit.data.packing.settings import Settings
+from megadit.launcher.environment import detect
+from megadit.launcher.failures import DONE
+from megadit.launcher.local import launch
+from megadit.launcher.processes import follow_parent
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def pack(
+    source: str,
+    destination: str,
+    settings: Settings,
+    *,
+    text: str | None,
+    max_tokens: int,
+    vae: str | None,
+    num_ranks: int,
+    progress: Callable[[], AbstractContextManager[Progress]],
+    say: Callable[[str], object],
+) -> int:
+    """Pack the source that is called `source`; returns the exit code.
+
+    text: `minilm` or the folder of a text encoder, None for captions alone. vae: the folder of an autoencoder.
+    progress: the bar of rank 0. say: gets the outcome. The ranks that are started get this process's command line.
+    Raises ValueError for what cannot be packed.
+    """
+    follow_parent()
+    ranks = detect()
+    if not ranks.launched and num_ranks > 1:
+        return launch(num_ranks, ["-m", "megadit", *sys.argv[1:]])
+    import torch
+
+    from megadit.data.autoencoder import Autoencoder
+    from megadit.data.packing.pack import pack as pack_share
+    from megadit.data.sources import open_source
+    from megadit.data.text_encoder import TextEncoder
+
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32
+    text_encoder = None if text is None else TextEncoder.load(text, max_tokens, device, dtype)
+    autoencoder = None if vae is None else Autoencoder.load(vae, device, dtype)
+    with progress() if ranks.rank == 0 else nullcontext(lambda done, total: None) as on_progress:
+        packed = pack_share(
+            open_source(source),
+            destination,
+            settings,
+            text_encoder,
+            autoencoder,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            on_progress=on_progress,
+        )
+    if packed is not None and not packed.skipped:
+        say(f"packed {packed.counts} to {destination}")
+    return DONE

@@ -1,0 +1,147 @@
+"""From a sample as it is found to the members that it has in a shard."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megadit.data.autoencoder import Autoencoder
+from megadit.data.batch import TextFeatures
+from megadit.data.manifest import (
+    CAPTION,
+    LATENT,
+    METADATA,
+    POOLED,
+    TEXT,
+    TEXT_SCALE,
+    ImageFacts,
+    LatentFacts,
+    TextFacts,
+)
+from megadit.data.packing.features import to_bfloat16_bits, to_float16, to_int8, to_npy
+from megadit.data.packing.pictures import RESIZE, encode, to_tensor
+from megadit.data.packing.settings import PackError, Settings
+from megadit.data.packing.source import Source, SourceSample
+from megadit.data.text_encoder import TextEncoder
+from megadit.randomness import Purpose, generator
+
+Members = dict[str, bytes]  # by kind
+
+
+class Encoding:
+    """How samples of `source` are packed: which members, and their bytes.
+
+    Without an encoder a sample keeps its caption alone, without an autoencoder its picture alone. Raises PackError for
+    what does not go together.
+    """
+
+    def __init__(
+        self, source: Source, settings: Settings, text_encoder: TextEncoder | None, autoencoder: Autoencoder | None
+    ) -> None:
+        self._settings, self._text_encoder, self._autoencoder = settings, text_encoder, autoencoder
+        self._captions, self._metadata = source.has_captions, source.has_metadata
+        if text_encoder is not None and not source.has_captions:
+            raise PackError(
+                f"{source.name} has no captions to encode; join them (`megadit data caption`), or pack without text"
+            )
+        if not settings.keep_pictures and autoencoder is None:
+            raise PackError("without pictures there must be latents: give an autoencoder, or keep the pictures")
+        self.image, self.latent, self.text = self._image_facts(), self._latent_facts(), self._text_facts()
+        self.members = self._member_kinds()
+
+    def encode(
+        self, samples: Sequence[SourceSample], pictures: Sequence[Image.Image], numbers: Sequence[int]
+    ) -> list[Members]:
+        """The members of each sample, in the order of `members`. Pictures have one size. Raises PackError."""
+        members: list[Members] = [self._plain(*pair) for pair in zip(samples, pictures, strict=True)]
+        try:
+            if self._autoencoder is not None:
+                for found, latent in zip(members, self._latents(samples, pictures, numbers), strict=True):
+                    found[LATENT] = latent
+            if self._text_encoder is not None:
+                features = self._text_encoder.encode([sample.caption or "" for sample in samples])
+                for found, sample, caption in zip(members, samples, features, strict=True):
+                    found |= self._text(caption, f"the text features of {sample.key!r}")
+        except ValueError as error:
+            raise PackError(str(error)) from None
+        return [{kind: found[kind] for kind in self.members} for found in members]
+
+    def _plain(self, sample: SourceSample, picture: Image.Image) -> Members:
+        members: Members = {}
+        if self._settings.keep_pictures:
+            members[self._settings.picture_format] = encode(picture, self._settings.picture_format)
+        if self._metadata:
+            members[METADATA] = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False).encode()
+        if self._captions:
+            assert sample.caption is not None
+            members[CAPTION] = sample.caption.encode()
+        return members
+
+    def _latents(
+        self, samples: Sequence[SourceSample], pictures: Sequence[Image.Image], numbers: Sequence[int]
+    ) -> list[bytes]:
+        assert self._autoencoder is not None
+        mean, std = (part.cpu() for part in self._autoencoder.encode(torch.stack([to_tensor(p) for p in pictures])))
+        to_bits = to_float16 if self._settings.latent_dtype == "float16" else to_bfloat16_bits
+        found = []
+        for row, (sample, number) in enumerate(zip(samples, numbers, strict=True)):
+            if self._settings.latents == "moments":
+                latent = torch.stack([mean[row], std[row]])
+            else:
+                draws = generator(self._settings.seed, Purpose.PACKED_LATENT, number)
+                draw = torch.from_numpy(draws.standard_normal(tuple(mean[row].shape), dtype=np.float32))
+                latent = mean[row] + std[row] * draw
+            found.append(to_npy(to_bits(latent, f"the latents of {sample.key!r}")))
+        return found
+
+    def _text(self, caption: TextFeatures, what: str) -> Members:
+        tokens, pooled = caption.tokens.cpu(), to_npy(to_float16(caption.pooled.cpu(), what))
+        if self._settings.text_dtype == "float16":
+            return {TEXT: to_npy(to_float16(tokens, what)), POOLED: pooled}
+        values, scales = to_int8(tokens, what)
+        return {TEXT: to_npy(values), TEXT_SCALE: to_npy(scales), POOLED: pooled}
+
+    def _member_kinds(self) -> tuple[str, ...]:
+        kinds = {
+            self._settings.picture_format: self._settings.keep_pictures,
+            METADATA: self._metadata,
+            CAPTION: self._captions,
+            LATENT: self._autoencoder is not None,
+            TEXT: self._text_encoder is not None,
+            TEXT_SCALE: self._text_encoder is not None and self._settings.text_dtype == "int8",
+            POOLED: self._text_encoder is not None,
+        }
+        return tuple(kind for kind, wanted in kinds.items() if wanted)
+
+    def _image_facts(self) -> ImageFacts | None:
+        if not self._settings.keep_pictures:
+            return None
+        return ImageFacts(member=self._settings.picture_format, resize=RESIZE)
+
+    def _latent_facts(self) -> LatentFacts | None:
+        if self._autoencoder is None:
+            return None
+        return LatentFacts(
+            encoder=self._autoencoder.name,
+            weights_sha256=self._autoencoder.weights_sha256,
+            channels=self._autoencoder.channels,
+            downsampling=self._autoencoder.downsampling,
+            moments=self._settings.latents == "moments",
+            scaling_factor=self._autoencoder.scaling_factor,
+            shift_factor=self._autoencoder.shift_factor,
+            dtype=self._settings.latent_dtype,
+        )
+
+    def _text_facts(self) -> TextFacts | None:
+        if self._text_encoder is None:
+            return None
+        return TextFacts(
+            encoder=self._text_encoder.name,
+            weights_sha256=self._text_encoder.weights_sha256,
+            dim=self._text_encoder.dim,
+            pooled_dim=self._text_encoder.pooled_dim,
+            max_tokens=self._text_encoder.max_tokens,
+            dtype=self._settings.text_dtype,
+        )

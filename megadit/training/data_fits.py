@@ -1,0 +1,118 @@
+"""Whether a model can be trained on a data set: said before anything is built, with what is lacking."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megadit.data.autoencoder import Autoencoder
+from megadit.data.buckets import bucket_table
+from megadit.data.manifest import CAPTION, Manifest, parse_bucket
+from megadit.data.text_encoder import TextEncoder
+from megadit.recipe import Recipe
+
+AREA_RANGE = 1.5  # tables of buckets keep the area of their square to a few per cent
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Text features that the model gets, cached or encoded as they come."""
+
+    dim: int
+    pooled_dim: int
+    max_tokens: int
+
+
+def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise ValueError unless the model takes what the data set has, after the online encoders of the recipe.
+
+    Of these only the configurations are read.
+    """
+    where, settings = f"the data at {recipe.data.url}", recipe.model.model_dump()
+    sizes, channels = _inputs(recipe, manifest, where)
+    theirs = {"in_channels": channels, "num_classes": len(manifest.labels)}
+    if len(sizes) == 1 and sizes[0][0] == sizes[0][1]:
+        theirs = {"input_size": sizes[0][0], **theirs}
+    else:
+        _check_buckets(recipe, sizes, where)
+    if "text_dim" in settings:
+        text = _text(recipe, manifest, where)
+        theirs |= {"text_dim": text.dim, "pooled_dim": text.pooled_dim}
+        if settings.get("max_text_tokens", text.max_tokens) < text.max_tokens:
+            raise ValueError(
+                f"{where} has captions of up to {text.max_tokens} tokens, "
+                f"the model takes model.max_text_tokens {settings['max_text_tokens']}"
+            )
+    elif recipe.encoders is not None and recipe.encoders.text is not None:
+        raise ValueError(f"encoders.text is of no use: model.family {recipe.model.family} takes no captions")
+    pairs = {f"model.{key}": (settings[key], value) for key, value in theirs.items() if key in settings}
+    wrong = [f"{key} is {ours}, the data has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    if wrong:
+        raise ValueError(f"the model does not fit {where}: {'; '.join(wrong)}")
+
+
+def _check_buckets(recipe: Recipe, sizes: Sequence[tuple[int, int]], where: str) -> None:
+    """Each has whole patches, and about as many tokens as the square that the model is named after."""
+    model = recipe.model
+    uneven = [size for size in sizes if size[0] % model.patch_size or size[1] % model.patch_size]
+    if uneven:
+        raise ValueError(
+            f"{where} has sizes that model.patch_size {model.patch_size} does not divide: {_names(uneven)}"
+        )
+    far = [size for size in sizes if not 1 / AREA_RANGE <= math.prod(size) / model.input_size**2 <= AREA_RANGE]
+    if far:
+        raise ValueError(
+            f"{where} has resolution buckets of far more or fewer tokens than model.input_size {model.input_size}: "
+            f"{_names(far)}"
+        )
+    if recipe.objective.kind == "flow" and recipe.objective.repa is not None:
+        raise ValueError(f"objective.repa takes squares of one size; {where} has {_names(sizes)}")
+
+
+def _inputs(recipe: Recipe, manifest: Manifest, where: str) -> tuple[list[tuple[int, int]], int]:
+    """Heights and widths that the model sees, and their channels."""
+    pixels, vae = _pixels(recipe, manifest, where), recipe.encoders.vae if recipe.encoders else None
+    if manifest.latent is not None and vae is not None:
+        raise ValueError(f"{where} has latents already (of {manifest.latent.encoder}); leave encoders.vae out")
+    if manifest.latent is not None:
+        channels, downsampling = manifest.latent.channels, manifest.latent.downsampling
+    elif vae is not None:
+        channels, downsampling = Autoencoder.latent_shape(vae)
+    else:
+        assert manifest.image is not None, "a data set has pictures or latents"
+        channels, downsampling = manifest.image.channels, 1
+    odd = [size for size in pixels if size[0] % downsampling or size[1] % downsampling]
+    if odd:
+        raise ValueError(
+            f"{where} has pictures of {_names(odd)} pixels, no multiples of the {downsampling} of a latent"
+        )
+    return [(height // downsampling, width // downsampling) for height, width in pixels], channels
+
+
+def _pixels(recipe: Recipe, manifest: Manifest, where: str) -> list[tuple[int, int]]:
+    """Heights and widths of the pictures."""
+    if manifest.buckets():
+        return [parse_bucket(bucket) for bucket in manifest.buckets()]
+    if recipe.data.resolution is None:
+        raise ValueError(f"{where} has pictures of their own sizes; state data.resolution, the pixels of a side")
+    if recipe.data.aspect_buckets:
+        return bucket_table(recipe.data.resolution)
+    return [(recipe.data.resolution, recipe.data.resolution)]
+
+
+def _names(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
+
+
+def _text(recipe: Recipe, manifest: Manifest, where: str) -> _Text:
+    online = recipe.encoders.text if recipe.encoders else None
+    if manifest.text is not None and online is not None:
+        raise ValueError(f"{where} has text features already (of {manifest.text.encoder}); leave encoders.text out")
+    if manifest.text is not None:
+        return _Text(manifest.text.dim, manifest.text.pooled_dim, manifest.text.max_tokens)
+    if CAPTION not in manifest.members:
+        raise ValueError(f"{where} has no captions, which the model needs; join them (`megadit data caption`)")
+    if online is None:
+        raise ValueError(f"{where} has captions and no features of them; state encoders.text to encode them")
+    assert recipe.encoders is not None
+    dim = TextEncoder.hidden_size(online)
+    return _Text(dim, dim, recipe.encoders.max_tokens)

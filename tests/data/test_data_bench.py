@@ -1,0 +1,52 @@
+"""The benchmark's own pieces at small sizes; its rates are not judged here."""
+
+import io
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megadit.data.bench import Row, format_table, growth_bytes, write_latents
+from megadit.data.manifest import ImageFacts
+from megadit.data.reader import Reader
+
+
+def test_the_table() -> None:
+    rows = [Row("a, b", "12", "7", 1.7142, 1.3), Row("a, long name", "1", "2", 0.5, 0.9)]
+    assert format_table(rows).splitlines()[1:] == [
+        "a, b          12    7       1.71   1.3  reached",
+        "a, long name  1     2       0.50   0.9  missed ",
+    ]
+
+
+def test_latents_are_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadit.data.bench.LATENTS_PER_SHARD", 20)
+    write_latents(tmp_path)
+    reader = Reader(str(tmp_path))
+    assert reader.manifest.num_samples == 80
+    content = reader.decoder.decode(reader.read([77])[77], 256, 256)
+    assert content.image.shape == (4, 32, 32)
+
+
+@pytest.mark.slow
+def test_memory_stays_within_its_bound(tmp_path: Path, data_set: Callable) -> None:
+    """20 s of pictures of 1 MB, with less memory than would be read ahead; ten minutes are the benchmark's."""
+    draws, memory_mb = np.random.default_rng(0), 330
+
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(draws.integers(0, 256, (600, 550, 3), dtype=np.uint8)).save(
+            buffer, format="PNG", compress_level=0
+        )
+        return buffer.getvalue()
+
+    samples = [{"png": picture()} for _ in range(160)]
+    sizes = np.full((160, 2), (600, 550), dtype=np.uint16)
+    data_set(str(tmp_path), [(None, samples)], image=ImageFacts(resize=None), sizes=sizes)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        most = pool.submit(growth_bytes, str(tmp_path), 20, memory_mb).result()
+    assert 0.3 * memory_mb < most / 1e6 < 1.2 * memory_mb
