@@ -49,8 +49,7 @@ class Order:
             + chunks[group * self.chunks_per_group : (group + 1) * self.chunks_per_group, stream] * self.chunk_samples
         )
         chunks_GC = (starts[:, None] + np.arange(self.chunk_samples)) % self.num_samples
-        draws = generator(self.seed, Purpose.GROUP_ORDER, epoch, stream, group)
-        return epoch, chunks_GC, draws.permutation(self.group_samples)
+        return epoch, chunks_GC, self._places(epoch, stream, group)
 
     def stream_samples(self, stream: int, position: int, count: int) -> np.ndarray:
         """(epoch, sample), int64 [count, 2]: what the stream gives after its first `position` samples."""
@@ -66,7 +65,25 @@ class Order:
         Raises ValueError when the streams do not divide the batch.
         """
         share = self.stream_share(batch_size)
-        return np.concatenate([self.stream_samples(k, number * share, share) for k in range(self.num_streams)])
+        first, skip = divmod(number * share, self.group_samples)
+        last = (number * share + share - 1) // self.group_samples
+        pairs_KN2 = np.concatenate([self._groups(group) for group in range(first, last + 1)], axis=1)
+        return pairs_KN2[:, skip : skip + share].reshape(batch_size, 2)
+
+    def _groups(self, number: int) -> np.ndarray:
+        """(epoch, sample), int64 [K, G*C, 2]: group `number` of every stream, as `group` gives it for one."""
+        epoch, group = divmod(number, self.groups_per_epoch)
+        offset, chunks = self._epoch(epoch)
+        chunks_GK = chunks[group * self.chunks_per_group : (group + 1) * self.chunks_per_group]
+        starts_KG = offset + chunks_GK.T * self.chunk_samples
+        samples_KN = (starts_KG[:, :, None] + np.arange(self.chunk_samples)).reshape(self.num_streams, -1)
+        places_KN = np.stack([self._places(epoch, stream, group) for stream in range(self.num_streams)])
+        samples_KN = np.take_along_axis(samples_KN % self.num_samples, places_KN, axis=1)
+        return np.stack([np.full_like(samples_KN, epoch), samples_KN], axis=2)
+
+    def _places(self, epoch: int, stream: int, group: int) -> np.ndarray:
+        """How a group is shuffled: int64 [G*C]."""
+        return generator(self.seed, Purpose.GROUP_ORDER, epoch, stream, group).permutation(self.group_samples)
 
     def stream_share(self, batch_size: int) -> int:
         """How many samples of each step come from one stream. Raises ValueError."""
