@@ -28,7 +28,7 @@ import os, signal, sys, time
 stop = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(number))
-print("ready", os.getpid(), flush=True)
+print(f"ready {os.getpid()}\\n", end="", flush=True)  # one write: the ranks share a pipe
 while not stop:
     time.sleep(0.02)
 time.sleep(0.5 * (1 + int(os.environ["RANK"])))
@@ -41,7 +41,7 @@ STUBBORN = """
 import os, signal, time
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-print("ready", os.getpid(), flush=True)
+print(f"ready {os.getpid()}\\n", end="", flush=True)  # one write: the ranks share a pipe
 time.sleep(600)
 """
 
