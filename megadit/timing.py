@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,3 +48,14 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{platform.machine()} CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def print_table(table: Callable[[], str]) -> int:
+    """Print what a benchmark measured, or the line that says what was wrong with its arguments; the exit code."""
+    try:
+        lines = table()
+    except ValueError as error:
+        sys.stderr.write(f"megadit: error: {error}\n")
+        return 1
+    sys.stdout.write(lines + "\n")
+    return 0

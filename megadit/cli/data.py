@@ -64,7 +64,7 @@ def data_pack(
     Examples:
       megadit data pack emoji s3://megadit/emoji --where skin_tone=false
       megadit data pack photos/ /data/photos --size 256 --text /models/t5
-      torchrun --nproc-per-node 8 -m megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
+      torchrun --nproc-per-node 8 -m -- megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
         --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae --no-keep-pictures
     """
     from megadit.data.packing.settings import Settings

@@ -96,16 +96,13 @@ def main() -> int:
     parser.add_argument("--text-tokens", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps to time")
     args = parser.parse_args()
-    try:
+
+    def table() -> str:
         recipe = load(args.recipe)
         batch = args.batch or recipe.training.batch_size // recipe.engine.num_ranks
-        precision = args.precision or recipe.training.precision
-        table = compare(recipe, batch, args.text_tokens, precision, args.pairs)
-    except ValueError as error:
-        sys.stderr.write(f"megadit: error: {error}\n")
-        return 1
-    sys.stdout.write(table + "\n")
-    return 0
+        return compare(recipe, batch, args.text_tokens, args.precision or recipe.training.precision, args.pairs)
+
+    return timing.print_table(table)
 
 
 if __name__ == "__main__":

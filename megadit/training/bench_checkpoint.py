@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megadit import engines, recipe as recipes
+from megadit import engines, recipe as recipes, timing
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.checkpoint import Saver
@@ -106,14 +106,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    try:
+
+    def table() -> str:
         recipe = recipes.load(args.recipe, [*DEFAULTS, *args.overrides])
-    except ValueError as error:
-        sys.stderr.write(f"megadit: error: {error}\n")
-        return 1
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        sys.stdout.write(measure(recipe, Path(folder), args.rounds) + "\n")
-    return 0
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            return measure(recipe, Path(folder), args.rounds)
+
+    return timing.print_table(table)
 
 
 if __name__ == "__main__":

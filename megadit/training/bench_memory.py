@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from megadit import engines, objectives, recipe as recipes
+from megadit import engines, objectives, recipe as recipes, timing
 from megadit.planning.memory import predict
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
@@ -143,13 +143,9 @@ def main() -> int:
     parser.add_argument("--engines", default="fsdp,zero3", help=f"of {', '.join(ENGINES)}, with commas between")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas between")
     args = parser.parse_args()
-    try:
-        lines = compare(args.recipe, args.overrides, args.engines.split(","), _parse_ranks(args.ranks))
-    except ValueError as error:
-        sys.stderr.write(f"megadit: error: {error}\n")
-        return 1
-    sys.stdout.write(lines + "\n")
-    return 0
+    return timing.print_table(
+        lambda: compare(args.recipe, args.overrides, args.engines.split(","), _parse_ranks(args.ranks))
+    )
 
 
 if __name__ == "__main__":

@@ -52,17 +52,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="samples of a step (default: the recipe's)")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps to time")
     args = parser.parse_args()
-    try:
+
+    def table() -> str:
         recipe = load(args.recipe)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         lines = compare(recipe, args.batch or recipe.training.batch_size, args.pairs)
         dist.destroy_process_group()
-    except ValueError as error:
-        sys.stderr.write(f"megadit: error: {error}\n")
-        return 1
-    sys.stdout.write(lines + "\n")
-    return 0
+        return lines
+
+    return timing.print_table(table)
 
 
 if __name__ == "__main__":
