@@ -34,6 +34,7 @@ setup(
         "boto3>=1.35",
         "deepspeed>=0.19,<0.20",
         "diffusers>=0.40",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2.0",
         "optuna>=4.0",

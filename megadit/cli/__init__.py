@@ -11,6 +11,7 @@ import typer
 from megadit.cli.bench import bench
 from megadit.cli.checkpoint import checkpoint_app
 from megadit.cli.data import data_app
+from megadit.cli.evaluation import eval_app
 from megadit.cli.interop import interop_app
 from megadit.cli.options import Overrides, RecipeName
 from megadit.cli.trajectory import verify_trajectory
@@ -50,6 +51,7 @@ shapes_app = typer.Typer(help="Base shapes for muP.", no_args_is_help=True, rich
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(interop_app, name="interop")
+app.add_typer(eval_app, name="eval")
 app.command()(bench)
 app.command()(coord_check)
 app.command()(sweep)

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "engine",
     "provenance",
     "checkpoints",
+    "eval",
     "data.url",
     "data.validation_url",
     "data.num_workers",

@@ -1,5 +1,6 @@
 """The recipe: one frozen tree, everything that a run is a function of."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -198,6 +199,56 @@ class Validation(Node):
     batch_size: PositiveInt = 64  # samples of one forward pass on one rank
 
 
+TaskName = Literal["geneval", "mjhq", "coco30k", "imagenet50k", "prompts"]
+SamplerName = Literal["ddpm", "dpm++", "euler", "heun"]
+LabelOrder = Literal["balanced", "random"]
+
+
+class EvaluationMetric(Node):
+    """A number, by the name that `megadit eval score` takes, and what pictures are compared with."""
+
+    name: str
+    reference: str | None = None  # a folder of images or an .npz of statistics
+    resize: str | None = None
+
+
+class EvaluationTask(Node):
+    """Images and the metrics on them; the settings are the options of `megadit eval generate`."""
+
+    task: TaskName
+    name: str = ""  # of its folder; default: the task's
+    prompts: str | None = None
+    prompts_sha256: str | None = None
+    images_per_prompt: PositiveInt | None = None
+    labels: LabelOrder | None = None
+    sampler: SamplerName | None = None
+    num_steps: PositiveInt | None = None
+    shift: Annotated[float, Field(gt=0)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    metrics: tuple[EvaluationMetric, ...] = ()
+
+
+class Evaluation(Node):
+    """What `megadit eval suite` does with the checkpoints of a run. Has no effect on training."""
+
+    tasks: Annotated[tuple[EvaluationTask, ...], Field(min_length=1)]
+    weights: str  # folder of the metrics' weights; package:NAME/FOLDER is one inside an installed package
+    checkpoints: Literal["newest", "all"] = "newest"
+    ema: str | None = None  # default: the first average
+    batch_size: PositiveInt = 32
+    encoder: str | None = None
+    vae: str | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_names(cls, tasks: tuple[EvaluationTask, ...]) -> tuple[EvaluationTask, ...]:
+        named = tuple(task if task.name else task.model_copy(update={"name": task.task}) for task in tasks)
+        names = [task.name for task in named]
+        if wrong := [name for name in names if names.count(name) > 1 or Path(name).name != name]:
+            raise ValueError(f"task name {wrong[0]!r}: must be the name of a folder, another one for each task")
+        return named
+
+
 class Recipe(Node):
     """The whole tree."""
 
@@ -213,6 +264,7 @@ class Recipe(Node):
     engine: Engine = Engine()
     checkpoints: Checkpoints
     validation: Validation | None = None
+    eval: Evaluation | None = None
     provenance: dict[str, Any] | None = (
         None  # where transferred hyperparameters come from; `megadit transfer` writes it
     )

@@ -1,7 +1,7 @@
 """From a run and prompts to a grid of images."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from megadit.data.batch import pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
-from megadit.randomness import Purpose, generator
+from megadit.randomness import Purpose, generator, named_generator
 from megadit.recipe import Recipe
 from megadit.sampling import ddpm, flow
 from megadit.sampling.grid import draw_grid
@@ -84,8 +84,9 @@ def generate(
     x_BCHW = torch.from_numpy(np.stack(noise)).to(first.device)
     predict = guide(model, conditions, guidance_scale, config.in_channels)
     if recipe.objective.kind == "ddpm":
-        return ddpm.denoise(predict, x_BCHW, num_steps, seed)
-    return flow.integrate(predict, x_BCHW, num_steps)
+        draws = [named_generator(seed, f"noise while sampling image {number}") for number in range(len(first))]
+        return ddpm.denoise(predict, x_BCHW, num_steps, draws)
+    return flow.euler(predict, x_BCHW, num_steps)
 
 
 def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, Recipe]:
@@ -94,22 +95,47 @@ def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, Recipe]:
     path = checkpoint.newest_valid(run / "checkpoints")
     if path is None:
         raise ValueError(f"{run} has no usable checkpoint yet")
-    averages = checkpoint.read_header(path).averages
+    return load_weights(recipe, path, ema or default_weights(path)), recipe
+
+
+def default_weights(path: Path) -> str:
+    """The name of a checkpoint's first average, or "weight" where there is none."""
+    return next(iter(checkpoint.read_header(path).averages), "weight")
+
+
+def load_weights(recipe: Recipe, path: Path, kind: str) -> nn.Module:
+    """The recipe's model with the weights `kind` of the checkpoint `path`, fp32, for inference. Raises ValueError."""
     model = models.build(recipe.model)
     set_multipliers(model, build_table(recipe))
-    weights = checkpoint.read_tensors(path, ema or next(iter(averages), "weight"))
+    try:
+        weights = checkpoint.read_tensors(path, kind)
+    except checkpoint.DamageError as damage:
+        raise ValueError(f"checkpoint {path} is damaged: {damage}") from damage
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and not set(missing) & dict(model.named_parameters()).keys()  # tables are not in checkpoints
-    return model.eval().requires_grad_(False), recipe
+    return model.eval().requires_grad_(False)
 
 
 def encode_prompts(run: Path, recipe: Recipe, prompts: Sequence[str], encoder: str | None = None) -> dict[str, Tensor]:
     """The conditions of a run's model for B prompts, by name; see `sample`."""
+    return load_conditioner(run, recipe, encoder)(prompts)
+
+
+def load_conditioner(
+    run: Path, recipe: Recipe, encoder: str | None = None
+) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """What makes the conditions of a run's model, by name, of B prompts; see `sample`."""
     if recipe.model.family == "dit":
-        return {"labels": class_numbers(prompts, run_folder.load_manifest(run).labels)}
-    tokens, lengths, pooled = pad_text(load_encoder(run, recipe, encoder).encode(list(prompts)))
-    features = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
-    return {name: features[name] for name in models.CONDITIONS[recipe.model.family]}
+        classes = run_folder.load_manifest(run).labels
+        return lambda prompts: {"labels": class_numbers(prompts, classes)}
+    names, text_encoder = models.CONDITIONS[recipe.model.family], load_encoder(run, recipe, encoder)
+
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, lengths, pooled = pad_text(text_encoder.encode(list(prompts)))
+        features = {"text": tokens, "text_lengths": lengths, "pooled": pooled}
+        return {name: features[name] for name in names}
+
+    return encode
 
 
 def class_numbers(prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
@@ -126,9 +152,9 @@ def class_numbers(prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
     return torch.tensor([numbers[prompt] for prompt in prompts])
 
 
-def load_decoder(vae: str, recipe: Recipe) -> Autoencoder:
-    """The autoencoder in the folder `vae`; ValueError if its latents are not the model's."""
-    decoder, channels = Autoencoder.load(vae), recipe.model.in_channels
+def load_decoder(vae: str, recipe: Recipe, device: torch.device | None = None) -> Autoencoder:
+    """The autoencoder in the folder `vae`, on `device`; ValueError if its latents are not the model's."""
+    decoder, channels = Autoencoder.load(vae, device), recipe.model.in_channels
     if decoder.channels != channels:
         raise ValueError(
             f"autoencoder {vae!r} has latents of {decoder.channels} channels, model.in_channels is {channels}"

@@ -1,0 +1,120 @@
+"""Speed of evaluation on this machine: GFLOP/s of the networks, seconds to score 50,000 vectors of 2048 features.
+
+    python -m megadit.eval.bench [--vectors 50000] [--reference 10000] [--batch-size 8] [--pairs 3]
+
+Networks have random weights; a plain matrix product of 2048 x 2048 in float32 is the baseline, timed in turn with each.
+Floating-point operations are counted by torch (two for a multiply-add), not taken from a table.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+from megadit.eval.metrics.frechet import Moments, frechet, frechet_stderr
+from megadit.eval.metrics.precision_recall import precision_recall
+from megadit.eval.networks.efficientnet import EfficientNetLite0
+from megadit.eval.networks.inception import POOL_DIM, Inception
+from megadit.timing import machine, time_pairs
+
+logger = logging.getLogger(__name__)
+
+PRODUCT_SIZE = 2048
+DINOV2_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+CLIP_B32_VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 32}
+
+
+def _clip_features(model: nn.Module) -> Callable[[Tensor], object]:
+    assert isinstance(model, CLIPModel)
+    return lambda images: model.get_image_features(pixel_values=images)
+
+
+def _networks() -> dict[str, tuple[Callable[[], nn.Module], int, Callable[[nn.Module], Callable[[Tensor], object]]]]:
+    """What to build, the size of its pictures, and how to call it."""
+    return {
+        "Inception of FID": (Inception, 299, lambda model: model),
+        "EfficientNet-lite0": (EfficientNetLite0, 224, lambda model: model),
+        "CLIP ViT-B/32": (
+            lambda: CLIPModel(CLIPConfig(vision_config=CLIP_B32_VISION | {"intermediate_size": 3072})),
+            224,
+            _clip_features,
+        ),
+        "DINOv2 ViT-L/14": (
+            lambda: Dinov2Model(Dinov2Config(image_size=224, **DINOV2_LARGE)),
+            224,
+            lambda model: model,
+        ),
+    }
+
+
+@torch.inference_mode()
+def bench_networks(batch_size: int, num_pairs: int) -> None:
+    """Print GFLOP an image, images/s, and GFLOP/s beside those of a matrix product."""
+    matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
+    logger.info("%-20s %12s %10s %10s %22s", "network", "GFLOP/image", "images/s", "GFLOP/s", "share of the product's")
+    for name, (build, size, call) in _networks().items():
+        network = call(build().eval())
+        images = torch.randn(batch_size, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            network(images)
+        gflop = counter.get_total_flops() / 1e9
+        pairs = time_pairs(lambda: matrix @ matrix, lambda: network(images), num_pairs)  # noqa: B023, called in here
+        speed = gflop / pairs.median_ms(1) * 1000
+        baseline = 2 * PRODUCT_SIZE**3 / 1e9 / pairs.median_ms(0) * 1000
+        logger.info(
+            "%-20s %12.2f %10.2f %10.1f %21.0f%%",
+            name,
+            gflop / batch_size,
+            batch_size / pairs.median_ms(1) * 1000,
+            speed,
+            100 * speed / baseline,
+        )
+
+
+@torch.inference_mode()
+def bench_scores(num_vectors: int, num_reference: int) -> None:
+    """Print the seconds, and CPU seconds, of a Frechet distance with its error and of precision and recall."""
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(num_vectors, POOL_DIM, generator=generator).abs_()
+    theirs = torch.randn(num_reference, POOL_DIM, generator=generator).abs_() * 1.02
+    logger.info("%d vectors of %d features against %d %11s %8s", num_vectors, POOL_DIM, num_reference, "s", "CPU s")
+    with _timed("together"):
+        with _timed("means and covariances, float64"):
+            statistics, reference = (Moments.of(features).statistics() for features in (ours, theirs))
+        with _timed("Frechet distance"):
+            distance = frechet(statistics, reference)
+        with _timed("its standard error"):
+            frechet_stderr(ours, statistics, reference, distance.transport_DD)
+        with _timed("precision and recall"):
+            precision_recall(ours, theirs)
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    start, cpu_start = time.perf_counter(), time.process_time()
+    yield
+    logger.info("  %-42s %10.1f %8.1f", what, time.perf_counter() - start, time.process_time() - cpu_start)
+
+
+def main() -> None:
+    """Print both tables."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m megadit.eval.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", type=int, default=50_000)
+    parser.add_argument("--reference", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+    logger.info("%s", machine())
+    bench_networks(options.batch_size, options.pairs)
+    bench_scores(options.vectors, options.reference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Metrics: numbers from features. Functions of tensors, without files, networks or ranks."""

@@ -1,0 +1,1 @@
+"""From scored folders to a page, a table and a JSON file."""

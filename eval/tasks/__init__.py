@@ -1,0 +1,1 @@
+"""What is generated for: lists of prompts, each a benchmark of its own with its counts checked."""

