@@ -2,15 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 from megadit.data.packing.settings import Settings
+from megadit.data.progress import Bars, no_bars
 from megadit.launcher.environment import detect
 from megadit.launcher.failures import DONE
 from megadit.launcher.local import launch
 from megadit.launcher.processes import follow_parent
-
-Progress = Callable[[int, int], None]  # (done, total)
 
 
 def pack(
@@ -22,13 +20,13 @@ def pack(
     max_tokens: int,
     vae: str | None,
     num_ranks: int,
-    progress: Callable[[], AbstractContextManager[Progress]],
+    bars: Bars,
     say: Callable[[str], object],
 ) -> int:
     """Pack the source that is called `source`; returns the exit code.
 
     text: `minilm` or the folder of a text encoder, None for captions alone. vae: the folder of an autoencoder.
-    progress: the bar of rank 0. say: gets the outcome. The ranks that are started get this process's command line.
+    bars: those of rank 0. say: gets the outcome. The ranks that are started get this process's command line.
     Raises ValueError for what cannot be packed.
     """
     follow_parent()
@@ -46,17 +44,16 @@ def pack(
     dtype = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32
     text_encoder = None if text is None else TextEncoder.load(text, max_tokens, device, dtype)
     autoencoder = None if vae is None else Autoencoder.load(vae, device, dtype)
-    with progress() if ranks.rank == 0 else nullcontext(lambda done, total: None) as on_progress:
-        packed = pack_share(
-            open_source(source),
-            destination,
-            settings,
-            text_encoder,
-            autoencoder,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            on_progress=on_progress,
-        )
+    packed = pack_share(
+        open_source(source),
+        destination,
+        settings,
+        text_encoder,
+        autoencoder,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        bars=bars if ranks.rank == 0 else no_bars,
+    )
     if packed is not None and not packed.skipped:
         say(f"packed {packed.counts} to {destination}")
     return DONE

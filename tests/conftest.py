@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def pack_animals(encoder: TextEncoder) -> Callable:
 
     def pack_to(destination: str, on_progress: Callable = lambda done, total: None, **changes: Any) -> Packed | None:
         settings = Settings(**(PACK_SETTINGS | changes))
-        return pack(open_source("emoji"), destination, settings, encoder, on_progress=on_progress)
+        return pack(open_source("emoji"), destination, settings, encoder, bars=lambda _: nullcontext(on_progress))
 
     return pack_to
 

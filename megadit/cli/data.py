@@ -1,7 +1,6 @@
 """`megadit data`: pack data sets and serve them locally."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -93,7 +92,7 @@ def data_pack(
         max_tokens=max_tokens,
         vae=vae,
         num_ranks=num_ranks,
-        progress=partial(progress_bar, "packing"),
+        bars=progress_bar,
         say=print,
     )
     raise typer.Exit(code)

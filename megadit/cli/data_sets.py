@@ -52,18 +52,17 @@ def data_index(
     from megadit.data.indexing.dataset import index
 
     table = CaptionTable(captions, caption_key_field, caption_field) if captions else None
-    with progress_bar("reading tars") as on_progress:
-        indexed = index(
-            tars,
-            destination,
-            match=match,
-            members=members.split(","),
-            captions=table,
-            checklist=checklist,
-            gunzip_to=gunzip_to,
-            workers=workers,
-            on_progress=on_progress,
-        )
+    indexed = index(
+        tars,
+        destination,
+        match=match,
+        members=members.split(","),
+        captions=table,
+        checklist=checklist,
+        gunzip_to=gunzip_to,
+        workers=workers,
+        bars=progress_bar,
+    )
     print(f"read {indexed.num_read} tars")
     _print_indexed(indexed, destination)
 
@@ -85,7 +84,8 @@ def data_caption(
     from megadit.data.captions import CaptionTable
     from megadit.data.indexing.dataset import add_captions
 
-    _print_indexed(add_captions(destination, CaptionTable(table, caption_key_field, caption_field)), destination)
+    captions = CaptionTable(table, caption_key_field, caption_field)
+    _print_indexed(add_captions(destination, captions, progress_bar), destination)
 
 
 def data_stats(url: DataSet) -> None:
@@ -115,8 +115,7 @@ def data_verify(
     """
     from megadit.data.inspect import verify
 
-    with progress_bar("verifying") as on_progress:
-        problems = verify(url, sample_share, workers, on_progress)
+    problems = verify(url, sample_share, workers, progress_bar)
     for problem in problems:
         print(problem)
     if problems:

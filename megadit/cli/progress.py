@@ -1,12 +1,14 @@
-"""The bar of commands that take long."""
+"""The bars of commands that take long."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from megadit.data.progress import Advance
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that moves a bar on the terminal; elsewhere it draws nothing."""
+def progress_bar(description: str) -> Iterator[Advance]:
+    """A bar on the terminal; where standard error is none, nothing is drawn."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -20,7 +20,8 @@ class TextFeatures:
 class Sample:
     """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1); label: its class or 0.
 
-    caption: where it has one and no features; replaced: whether another sample's contents took its place.
+    noise: [0] where it is to be drawn later; caption: where it has one and no features; replaced: whether another
+    sample's contents took its place.
     """
 
     image: Tensor
@@ -44,7 +45,7 @@ class Batch:
     text_lengths     int64 [B]
     pooled           float32 [B, P]; P is 0 where there is none
     labels           int64 [B], places in the manifest's `labels`; 0 where the data set has none
-    noise            float32 [B, C, H, W], standard normal
+    noise            float32 [B, C, H, W], standard normal; [B, 0] where images are pixels of latents yet to be made
     timestep_uniform float32 [B] in [0, 1)
     drop_uniform     float32 [B] in [0, 1); 1 where the caption is never dropped
     epoch, sample    int64 [B]; `sample` is the place in the manifest

@@ -15,7 +15,7 @@ import struct
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +24,7 @@ import numpy as np
 
 from megadit.data.index import PLACE
 from megadit.data.indexing.tars import TarError, read_members, split_name
+from megadit.data.progress import Advance, Bars, no_bars
 from megadit.data.range_reader import RangeReader, open_object
 from megadit.data.storage import StorageError, Store
 
@@ -52,16 +53,19 @@ class CaptionTable:
         """What changes when the captions do. Raises StorageError."""
         return [self.url, open_object(self.url).etag, self.key_field, self.caption_field]
 
-    def rows(self) -> tuple[str, Iterator[Row]]:
-        """What a number counts (file, line, row), and the rows. Raises CaptionError and StorageError."""
+    def rows(self) -> tuple[str, Iterator[Row], RangeReader]:
+        """What a number counts (file, line, row), the rows, and the file that they are read from.
+
+        Raises CaptionError and StorageError.
+        """
         file = open_object(self.url)
         name = file.url.lower()
         if name.endswith((".tar", ".tar.gz", ".tgz")):
-            return "file", _explained(file.url, _tar_rows(_inside(file), file.url))
+            return "file", _explained(file.url, _tar_rows(_inside(file), file.url)), file
         if name.endswith((".jsonl", ".jsonl.gz")):
-            return "line", _explained(file.url, self._json_rows(_inside(file), file.url))
+            return "line", _explained(file.url, self._json_rows(_inside(file), file.url)), file
         if name.endswith(".parquet"):
-            return "row", self._parquet_rows(file)
+            return "row", self._parquet_rows(file), file
         raise CaptionError(f"{file.url}: a table of captions is .tar, .tar.gz, .jsonl, .jsonl.gz or .parquet")
 
     def _json_rows(self, file: BinaryIO, url: str) -> Iterator[Row]:
@@ -119,7 +123,13 @@ class Joined:
 
 
 def join(
-    table: CaptionTable, keys: np.ndarray, order: np.ndarray, counts: np.ndarray, files: Sequence[str], store: Store
+    table: CaptionTable,
+    keys: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    files: Sequence[str],
+    store: Store,
+    bars: Bars = no_bars,
 ) -> Joined:
     """Write the captions of each tar's samples to its file, one after the other in their order.
 
@@ -131,22 +141,19 @@ def join(
     places = np.zeros(len(keys), dtype=PLACE)
     ends = np.cumsum(counts)
     num_spools = min(NUM_SPOOLS, len(files))
-    tar_spools = np.arange(len(files)) * num_spools // len(files)
+    tar_spools = (np.arange(len(files)) * num_spools // len(files)).astype(np.uint8)
     with tempfile.TemporaryDirectory(prefix="megadit-captions-") as folder:
         spools = [Path(folder) / str(number) for number in range(num_spools)]
-        unknown = _deal(table, keys, order, first_rows, lambda s: tar_spools[np.searchsorted(ends, s, "right")], spools)
-        for number, spool in enumerate(spools):
-            texts = _read_spool(spool)
-            for tar in np.flatnonzero(tar_spools == number).tolist():
-                samples = np.arange(ends[tar] - counts[tar], ends[tar])
-                chosen = samples[[bool(texts.get(sample)) for sample in samples.tolist()]]
-                captions = [texts[sample] for sample in chosen.tolist()]
-                sizes = np.array([len(caption) for caption in captions], dtype=np.int64)
-                places["offset"][chosen] = np.cumsum(sizes) - sizes
-                places["size"][chosen] = sizes
-                places["crc32"][chosen] = [zlib.crc32(caption) for caption in captions]
-                if captions:
-                    store.put(files[tar], b"".join(captions))
+        with bars("reading captions") as advance:
+            spool_of = tar_spools.repeat(counts)
+            unknown = _deal(table, keys, order, first_rows, spool_of, spools, advance)
+        with bars("writing captions") as advance:
+            for number, spool in enumerate(spools):
+                texts = _read_spool(spool)
+                for tar in np.flatnonzero(tar_spools == number).tolist():
+                    samples = np.arange(ends[tar] - counts[tar], ends[tar])
+                    _write_captions(texts, samples, places, files[tar], store)
+                advance(number + 1, num_spools)
     found = places["size"] > 0
     if not found.any():
         raise CaptionError(
@@ -161,11 +168,12 @@ def _deal(
     keys: np.ndarray,
     order: np.ndarray,
     first_rows: np.ndarray,
-    spool_of: Callable[[np.ndarray], np.ndarray],
+    spool_of: np.ndarray,
     spools: Sequence[Path],
+    advance: Advance,
 ) -> int:
     """Write each caption to the spool of its sample; the number of those whose key no sample has."""
-    unit, rows = table.rows()
+    unit, rows, file_of_rows = table.rows()
     ordered, unknown = keys[order], 0
     try:
         files = [spool.open("wb", buffering=1 << 18) for spool in spools]
@@ -176,7 +184,7 @@ def _deal(
                 known = ordered[at] == wanted
                 samples = order[at]
                 unknown += int((~known).sum())
-                for place, spool in zip(np.flatnonzero(known), spool_of(samples[known]), strict=True):
+                for place, spool in zip(np.flatnonzero(known), spool_of[samples[known]], strict=True):
                     (number, key, caption), sample = batch[place], samples[place]
                     if first_rows[sample]:
                         raise CaptionError(
@@ -184,6 +192,7 @@ def _deal(
                         )
                     first_rows[sample] = number
                     files[spool].write(RECORD.pack(sample, len(caption)) + caption)
+                advance(file_of_rows.tell(), file_of_rows.size)
         finally:
             for file in files:
                 file.close()
@@ -192,6 +201,18 @@ def _deal(
             f"cannot keep captions in {spools[0].parent}: {error.strerror}; set TMPDIR to a folder with room for all"
         ) from error
     return unknown
+
+
+def _write_captions(texts: dict[int, bytes], samples: np.ndarray, places: np.ndarray, file: str, store: Store) -> None:
+    """Write those of `samples`, int64 [N], to `file`, and where they lie to `places`."""
+    chosen = samples[[bool(texts.get(sample)) for sample in samples.tolist()]]
+    captions = [texts[sample] for sample in chosen.tolist()]
+    sizes = np.array([len(caption) for caption in captions], dtype=np.int64)
+    places["offset"][chosen] = np.cumsum(sizes) - sizes
+    places["size"][chosen] = sizes
+    places["crc32"][chosen] = [zlib.crc32(caption) for caption in captions]
+    if captions:
+        store.put(file, b"".join(captions))
 
 
 def _read_spool(path: Path) -> dict[int, bytes]:

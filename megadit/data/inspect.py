@@ -1,10 +1,8 @@
 """What is in a data set, and whether all of it is what the manifest says."""
 
 import hashlib
-import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from megadit.data.manifest import TEXT, Manifest
 from megadit.data.members import Members, ShardFile
+from megadit.data.progress import Bars, Tally, no_bars
 from megadit.data.range_reader import RangeReader
 from megadit.data.storage import ChangedError, MissingError
 
@@ -117,28 +116,25 @@ def verify(
     url: str,
     sample_share: float = 1.0,
     workers: int = 4,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    bars: Bars = no_bars,
 ) -> list[str]:
     """Read the members of a share of the samples and compare them with the index; what is wrong, one line each.
 
     Of whole tars their ETag and size are compared, too, and their sha256 where the manifest states it and all is read.
-    on_progress(done, total): called often, in files, from several threads. Raises ValueError for a share that is not in
-    (0, 1], ManifestError and StorageError: also where a file cannot be read at all for now.
+    Raises ValueError for a share that is not in (0, 1], ManifestError and StorageError: also where a file cannot be
+    read at all for now.
     """
     if not 0 < sample_share <= 1:
         raise ValueError(f"sample share {sample_share} must be above 0 and at most 1")
     members = Members(url)
-    lock, done = threading.Lock(), 0
+    with bars("verifying") as advance, ThreadPoolExecutor(workers, thread_name_prefix="megadit-verify") as pool:
+        tally = Tally(advance, len(members.files))
 
-    def check(file: ShardFile) -> list[str]:
-        nonlocal done
-        problems = _check_file(members, file, sample_share)
-        with lock:
-            done += 1
-            on_progress(done, len(members.files))
-        return problems
+        def check(file: ShardFile) -> list[str]:
+            problems = _check_file(members, file, sample_share)
+            tally.add(1)
+            return problems
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="megadit-verify") as pool:
         return [problem for problems in pool.map(check, members.files) for problem in problems]
 
 

@@ -44,11 +44,15 @@ class Stream:
     """The training samples of one rank, endless.
 
     Rank r of D serves the streams [r*K/D, (r+1)*K/D), so the batches of all ranks, one after the other, are the global
-    batch. Raises ValueError when the ranks do not divide the streams, the streams the batch, or data.memory_mb is too
-    little for them; ManifestError and StorageError when there is no data set.
+    batch. with_noise: whether they have noise of the shape of their images; False where these are pixels, and whoever
+    turns them into latents draws the noise of the latents. Raises ValueError when the ranks do not divide the streams,
+    the streams the batch, or data.memory_mb is too little for them; ManifestError and StorageError when there is no
+    data set.
     """
 
-    def __init__(self, data: Data, seed: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, data: Data, seed: int, batch_size: int, rank: int, world_size: int, with_noise: bool = True
+    ) -> None:
         assert 0 <= rank < world_size
         reader = Reader(data.url, data.client)
         self.manifest = reader.manifest
@@ -57,7 +61,7 @@ class Stream:
             raise ValueError(f"{world_size} ranks do not divide data.num_streams {data.num_streams}")
         per_rank = data.num_streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
-        self._data, self._seed, self._batch_size = data, seed, batch_size
+        self._data, self._seed, self._batch_size, self._with_noise = data, seed, batch_size, with_noise
         self._epoch_samples = sum(bucket.order.epoch_samples for bucket in self.schedule.buckets) // world_size
         self.num_workers = min(data.num_workers, per_rank)
         if self.num_workers < data.num_workers:
@@ -70,7 +74,9 @@ class Stream:
         Closing the iterator stops its threads and workers. Raises StorageError when a sample cannot be read, and when
         more than data.max_corrupt_share of them are corrupt.
         """
-        parts = _Parts(self._data, self._seed, self._batch_size, self._streams, first_step, self._stream_bytes)
+        parts = _Parts(
+            self._data, self._seed, self._batch_size, self._streams, first_step, self._stream_bytes, self._with_noise
+        )
         batches = self._counted(self._from_workers(parts) if self.num_workers else parts.of_streams(self._streams))
         _open.add(batches)
         return batches
@@ -125,7 +131,9 @@ class Stream:
         """The bytes that one stream may hold of what was read. Raises ValueError."""
         data, num_streams = self._data, len(self._streams)
         held = BATCHES_HELD_WITH_WORKERS if self.num_workers else BATCHES_HELD
-        largest_sample = max(_decoded_bytes(self.manifest, bucket) for bucket in self.schedule.buckets)
+        largest_sample = max(
+            _decoded_bytes(self.manifest, bucket, self._with_noise) for bucket in self.schedule.buckets
+        )
         decoded_bytes = held * num_streams * self.schedule.share * largest_sample
         chunks = largest_chunks(reader, self.schedule)
         least_bytes = data.chunks_per_group * sum(chunks)  # of each stream: the open group of every bucket
@@ -158,6 +166,7 @@ class _Parts(IterableDataset[_Part | Exception]):
     streams: range
     first_step: int
     stream_bytes: int
+    with_noise: bool
     # The fork server keeps the environment of its own start: later S3 settings must be brought to the workers.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
@@ -181,7 +190,8 @@ class _Parts(IterableDataset[_Part | Exception]):
         try:
             while True:
                 faults: list[str] = []
-                yield _Part(collate([_sample(reader, item, self.seed, faults) for item in supply.step()]), faults)
+                samples = [_sample(reader, item, self.seed, self.with_noise, faults) for item in supply.step()]
+                yield _Part(collate(samples), faults)
         finally:
             supply.close()
             reader.close()  # or a thread that waits for a server would keep the process from ending
@@ -193,7 +203,7 @@ def _raised(part: _Part | Exception) -> _Part:
     return part
 
 
-def _sample(reader: Reader, item: Item, seed: int, faults: list[str]) -> Sample:
+def _sample(reader: Reader, item: Item, seed: int, with_noise: bool, faults: list[str]) -> Sample:
     """The sample of `item` with its draws; a corrupt one has the contents of the next sound one of its chunk.
 
     Draws stay those of the sample in whose place it is. Adds to `faults` what is wrong. Raises CorruptShardError when
@@ -213,38 +223,49 @@ def _sample(reader: Reader, item: Item, seed: int, faults: list[str]) -> Sample:
         if fault:
             faults.append(f"{fault}; {reader.index.keys[source].decode()} is in its place")
         draws = generator(seed, Purpose.TRAINING_SAMPLE, item.epoch, item.sample)
-        uniforms = draws.random(2, dtype=np.float32).tolist()
-        return _finish(reader, content, draws, uniforms, reader.label(source), item.epoch, item.sample, bool(fault))
+        timestep_uniform, drop_uniform = draws.random(2, dtype=np.float32).tolist()
+        noise, image = _settle(reader, content, draws, with_noise)
+        return Sample(
+            image,
+            content.text,
+            content.caption,
+            reader.label(source),
+            noise,
+            timestep_uniform,
+            drop_uniform,
+            item.epoch,
+            item.sample,
+            replaced=bool(fault),
+        )
     raise CorruptShardError(f"{fault}; none of the {len(chunk.samples)} samples that were read with it is sound")
 
 
-def _finish(
-    reader: Reader,
-    content: Content,
-    draws: np.random.Generator,
-    uniforms: list[float],
-    label: int,
-    epoch: int,
-    sample: int,
-    replaced: bool,
-) -> Sample:
-    noise = torch.from_numpy(draws.standard_normal(tuple(content.image.shape), dtype=np.float32))
-    image = reader.decoder.settle(content, draws)
-    timestep_uniform, drop_uniform = uniforms
-    return Sample(
-        image, content.text, content.caption, label, noise, timestep_uniform, drop_uniform, epoch, sample, replaced
-    )
+def _settle(
+    reader: Reader, content: Content, draws: np.random.Generator, with_noise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise, float32 [C, H, W] or [0], and the image that it is for; drawn in this order."""
+    assert with_noise or content.std is None, "the draw of a latent comes after that of its noise"
+    shape = tuple(content.image.shape) if with_noise else (0,)
+    noise = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
+    return noise, reader.decoder.settle(content, draws)
 
 
 def validation_batches(
-    data: Data, seed: int, rank: int, world_size: int, batch_size: int, num_timesteps: int
+    data: Data,
+    seed: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    num_timesteps: int,
+    with_noise: bool = True,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """The fixed validation set: every sample at every one of `num_timesteps` strata, once over all ranks.
 
     Yields batches, each of one resolution, with weights float32 [batch_size]. Every rank yields the same number of
     batches; samples that only fill one up have weight 0. timestep_uniform is the middle of the stratum, the noise a
     function of (seed, sample, stratum), and captions are never dropped, so the weighted mean of a loss does not depend
-    on the number of ranks. Raises ManifestError and StorageError, also for a sample that is corrupt.
+    on the number of ranks. with_noise: as that of Stream. Raises ManifestError and StorageError, also for a sample that
+    is corrupt.
     """
     assert data.validation_url is not None
     reader = Reader(data.validation_url, data.client)
@@ -274,9 +295,13 @@ def validation_batches(
         samples = []
         for sample, stratum in zip(numbers.tolist(), strata.tolist(), strict=True):
             draws = generator(seed, Purpose.VALIDATION_SAMPLE, sample, stratum)
-            uniforms = [(stratum + 0.5) / num_timesteps, 1.0]
+            content, label = contents[sample], reader.label(sample)
+            noise, image = _settle(reader, content, draws, with_noise)
+            timestep_uniform = (stratum + 0.5) / num_timesteps
             samples.append(
-                _finish(reader, contents[sample], draws, uniforms, reader.label(sample), 0, sample, replaced=False)
+                Sample(
+                    image, content.text, content.caption, label, noise, timestep_uniform, 1.0, 0, sample, replaced=False
+                )
             )
         yield collate(samples), weights
 
@@ -285,15 +310,15 @@ def _num_samples(reader: Reader, samples: np.ndarray | None) -> int:
     return reader.manifest.num_samples if samples is None else len(samples)
 
 
-def _decoded_bytes(manifest: Manifest, bucket: Bucket) -> int:
-    """Bytes of one sample in a batch: float32 image, noise, tokens and pooled."""
+def _decoded_bytes(manifest: Manifest, bucket: Bucket, with_noise: bool) -> int:
+    """Bytes of one sample in a batch: float32 image, noise where it has some, tokens and pooled."""
     if manifest.latent is not None:
         per_side = manifest.latent.downsampling
         image = manifest.latent.channels * (bucket.height // per_side) * (bucket.width // per_side)
     else:
         image = 3 * bucket.height * bucket.width
     text = manifest.text.max_tokens * manifest.text.dim + manifest.text.pooled_dim if manifest.text else 0
-    return 4 * (2 * image + text)
+    return 4 * ((1 + with_noise) * image + text)
 
 
 _open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()

@@ -6,15 +6,18 @@ other name is a folder with a transformers model (T5, BERT, ...). Nothing is dow
 
 import contextlib
 import importlib.util
+import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging as transformers_logging
 
 from megadit.data.batch import TextFeatures
 from megadit.data.weights import weights_sha256
@@ -37,10 +40,10 @@ class TextEncoder:
         name: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        sha256: str,
+        sha256: str | None,
         max_tokens: int,
     ) -> None:
-        self.name, self.weights_sha256, self.max_tokens = name, sha256, max_tokens
+        self.name, self._sha256, self.max_tokens = name, sha256, max_tokens
         self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
         self.dim = self.pooled_dim = int(model.config.hidden_size)
 
@@ -53,18 +56,45 @@ class TextEncoder:
     ) -> "TextEncoder":
         """The encoder called `minilm`, or the transformers model in a local folder. Raises TextEncoderError."""
         with _folder(name_or_path) as folder:
-            weights = sorted(folder.glob("*.safetensors"))
-            if not weights:
-                raise TextEncoderError(f"text encoder {name_or_path}: no .safetensors file in {folder}")
+            weights = _weights(folder, name_or_path)
             transformers_logging.disable_progress_bar()  # loading takes a moment only
             with _explained(name_or_path):
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model = AutoModelForTextEncoding.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=dtype
+                tokenizer = _tokenizer(folder)
+                model, report = AutoModelForTextEncoding.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
+                if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
+                    raise ValueError(f"no file has {missing[0]} ({len(missing)} are missing)")
             digest = weights_sha256(weights)
-        name = name_or_path if name_or_path == MINILM else Path(name_or_path).resolve().name
-        return TextEncoder(name, model.to(device), tokenizer, digest, max_tokens)
+        return TextEncoder(_name(name_or_path), model.to(device), tokenizer, digest, max_tokens)
+
+    @staticmethod
+    def load_by(
+        read: Callable[[PreTrainedModel, Sequence[Path]], None], name_or_path: str, max_tokens: int, dtype: torch.dtype
+    ) -> "TextEncoder":
+        """The same encoder, whose weights `read` brings: its parameters are on the meta device, its buffers are not.
+
+        read(model, files) gives the parameters memory, and the values in the .safetensors files. `weights_sha256` is
+        not known then. Raises TextEncoderError.
+        """
+        with _folder(name_or_path) as folder:
+            weights = _weights(folder, name_or_path)
+            with _explained(name_or_path):
+                tokenizer = _tokenizer(folder)
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                handle = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+                try:
+                    model = AutoModelForTextEncoding.from_config(config, dtype=dtype)
+                finally:
+                    handle.remove()
+                read(model, weights)
+        return TextEncoder(_name(name_or_path), model, tokenizer, None, max_tokens)
+
+    @property
+    def weights_sha256(self) -> str:
+        """The sha256 of the files of its weights."""
+        assert self._sha256 is not None, "nobody read all of the files"
+        return self._sha256
 
     @staticmethod
     def hidden_size(name_or_path: str) -> int:
@@ -108,9 +138,43 @@ class TextEncoder:
 def _explained(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except TextEncoderError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise TextEncoderError(f"text encoder {name_or_path}: transformers cannot load it: {reason}") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    files = tokenizer.vocab_files_names.values()
+    if not any((folder / name).is_file() for name in files):  # transformers would go on with an empty vocabulary
+        raise ValueError(f"the tokenizer's files are missing, {' or '.join(files)}")
+    return tokenizer
+
+
+def _name(name_or_path: str) -> str:
+    return name_or_path if name_or_path == MINILM else Path(name_or_path).resolve().name
+
+
+def _weights(folder: Path, name_or_path: str) -> list[Path]:
+    """The files of the weights, sorted: those that transformers reads."""
+    index = folder / f"{SAFE_WEIGHTS_NAME}.index.json"
+    if (folder / SAFE_WEIGHTS_NAME).exists() or not index.exists():
+        found = sorted(folder.glob(SAFE_WEIGHTS_NAME))
+    else:
+        with _explained(name_or_path):
+            found = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not found:
+        raise TextEncoderError(f"text encoder {name_or_path}: no {SAFE_WEIGHTS_NAME} in {folder}")
+    return found
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """A hook; None leaves the parameter as it is, so that one that two modules share stays one."""
+    if parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 @contextlib.contextmanager

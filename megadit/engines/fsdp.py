@@ -59,7 +59,7 @@ class TorchEngine:
         set_multipliers(self.model, specs)
 
         self._parameters = dict(self.model.named_parameters())
-        self.shards: Mapping[str, Shard] = {name: _shard_of(p) for name, p in self._parameters.items()}
+        self.shards: Mapping[str, Shard] = {name: shard_of(p) for name, p in self._parameters.items()}
         load_initial_weights(self, specs, recipe.seed)
         self._leaves = {name: nn.Parameter(shard.values) for name, shard in self.shards.items()}
         self._optimizer = adamw(self._leaves, specs, recipe.optimizer)
@@ -171,7 +171,7 @@ def _mesh(num_replicas: int) -> DeviceMesh:
     return dist.init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _shard_of(parameter: nn.Parameter) -> Shard:
+def shard_of(parameter: nn.Parameter) -> Shard:
     """This rank's flat range of a parameter, which FSDP2 cuts along its first dimension."""
     if not isinstance(parameter, DTensor):
         return Shard(parameter.shape, 0, parameter.detach().view(-1))

@@ -22,12 +22,32 @@ class _Text:
     max_tokens: int
 
 
-def check_data_fits(recipe: Recipe, manifest: Manifest) -> None:
-    """Raise ValueError unless the model takes what the data set has, after the online encoders of the recipe.
+def check_data_fits(recipe: Recipe, manifest: Manifest, validation: Manifest | None = None) -> None:
+    """Raise ValueError unless the model takes what the data sets have, after the online encoders of the recipe.
 
-    Of these only the configurations are read.
+    Of these only the configurations are read. The validation set must be encoded as the training set is.
     """
-    where, settings = f"the data at {recipe.data.url}", recipe.model.model_dump()
+    _check_set(recipe, manifest, f"the data at {recipe.data.url}")
+    if validation is not None:
+        where = f"the validation data at {recipe.data.validation_url}"
+        _check_set(recipe, validation, where)
+        ours, theirs = _identity(manifest), _identity(validation)
+        if differing := [name for name, facts in ours.items() if facts != theirs[name]]:
+            raise ValueError(f"{where} has other {' and '.join(differing)} than the data at {recipe.data.url}")
+
+
+def _identity(manifest: Manifest) -> dict[str, object]:
+    """What two data sets of one run must have in common, by what it is called."""
+    latent, text = manifest.latent, manifest.text
+    return {
+        "latents": latent and (latent.weights_sha256, latent.scaling_factor, latent.shift_factor),
+        "text features": text and text.weights_sha256,
+        "classes": manifest.labels,
+    }
+
+
+def _check_set(recipe: Recipe, manifest: Manifest, where: str) -> None:
+    settings = recipe.model.model_dump()
     sizes, channels = _inputs(recipe, manifest, where)
     theirs = {"in_channels": channels, "num_classes": len(manifest.labels)}
     if len(sizes) == 1 and sizes[0][0] == sizes[0][1]:

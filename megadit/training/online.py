@@ -9,18 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 
 from megadit.data.autoencoder import Autoencoder
 from megadit.data.batch import Batch, concatenate, pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Encoders, Recipe
-from megadit.training.ranks import world_size
+from megadit.training.sharded_encoder import load_sharded
 
 Draws = Callable[[int], np.random.Generator]  # of the n-th sample of a batch, as they are before its noise is drawn
+
+
+def stream_draws_noise(recipe: Recipe) -> bool:
+    """Whether batches come with their noise; where pictures become latents here, that of the latents is drawn here."""
+    return recipe.encoders is None or recipe.encoders.vae is None
 
 
 class OnlineEncoders:
@@ -37,11 +40,8 @@ class OnlineEncoders:
         self.text: TextEncoder | None = None
         self.autoencoder: Autoencoder | None = None
         if encoders.text is not None:
-            # To be sharded, it is loaded into the memory of the host: a GPU need never have all of it.
-            where = torch.device("cpu") if encoders.sharded else device
-            self.text = TextEncoder.load(encoders.text, encoders.max_tokens, where, dtype)
-            if encoders.sharded:
-                _shard(self.text.module, device)
+            load = load_sharded if encoders.sharded else TextEncoder.load
+            self.text = load(encoders.text, encoders.max_tokens, device, dtype)
         if encoders.vae is not None:
             self.autoencoder = Autoencoder.load(encoders.vae, device, dtype)
 
@@ -87,16 +87,3 @@ class OnlineEncoders:
         shape = tuple(like_BCHW.shape[1:])
         values = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in draws])
         return torch.from_numpy(values).to(self._device)
-
-
-def _shard(module: nn.Module, device: torch.device) -> None:
-    """Spread the weights over all ranks, block by block: those of one block at a time are gathered."""
-    mesh = dist.init_device_mesh(device.type, (world_size(),))
-    lists = [found for found in module.modules() if isinstance(found, nn.ModuleList)]
-    for block in max(lists, key=_num_parameters):
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)  # by default what is in no block would stay gathered
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -79,6 +79,7 @@ class Reporter:
         self._roles = [spec.role for spec in build_table(recipe)]
         self._metrics = Metrics(run, images_seen, recipe.training.num_images) if rank() == 0 else None
         self._log_images = recipe.training.log_every_steps * recipe.training.batch_size
+        self._num_replaced = 0  # since this process began, as the skipped steps
         self._start_interval()
 
     def __enter__(self) -> "Reporter":
@@ -107,6 +108,7 @@ class Reporter:
         if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
             return
         sums, costs = sum_over_ranks(self._bins), self._telemetry.take()
+        self._count_replaced(images_seen, costs.num_replaced)
         if self._metrics and sums[:, 1].any():  # else every step was skipped, as has been said
             self._say_progress(images_seen, sums, costs, result, lr_factor, skipped.total)
         self._start_interval()
@@ -137,7 +139,17 @@ class Reporter:
             data_stalls=costs.data_stalls,
             peak_gib=costs.peak_bytes / 2**30,
             skipped_steps=num_skipped,
+            replaced_samples=self._num_replaced,
         )
+
+    def _count_replaced(self, images_seen: int, num_replaced: int) -> None:
+        """Which ones, and what is wrong with them, is in the log of the rank that read them."""
+        self._num_replaced += num_replaced
+        if num_replaced:
+            self.say(
+                f"{images_seen} images  {num_replaced} corrupt samples were replaced by others "
+                f"({self._num_replaced} since the start)"
+            )
 
     def _norms_by_role(self, grad_norms_P: Tensor) -> dict[str, float]:
         squares = dict.fromkeys(self._roles, 0.0)

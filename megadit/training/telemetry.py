@@ -1,4 +1,4 @@
-"""What a run costs: where the time of a step goes, images, tokens and FLOPs per second, memory.
+"""What a run costs: where the time of a step goes, images, tokens and FLOPs per second, memory, corrupt samples.
 
 Time is split by marks: `begin(phase)` ends the phase before it, so the phases add up to the time that passed. On a GPU
 the marks are CUDA events, which cost no synchronisation until they are read; on a CPU they are readings of a clock.
@@ -43,6 +43,7 @@ class Costs:
     seconds: dict[Phase, float]  # of one step, the mean over steps and ranks
     data_stalls: int  # steps that waited for data, of the rank that waited most often
     peak_bytes: int  # of the rank that took most
+    num_replaced: int  # samples that were corrupt, with another one's contents in their place
 
 
 class Telemetry:
@@ -92,6 +93,7 @@ class Telemetry:
         self._counts["images"] += len(batch)
         self._counts["tokens"] += training_tokens(self._model, lengths)
         self._counts["flops"] += training_flops(self._model, lengths)
+        self._counts["replaced"] += int(batch.replaced.sum())
 
     def take(self) -> Costs:
         """What the steps since the last call cost. At least one was counted."""
@@ -99,26 +101,27 @@ class Telemetry:
         seconds = {phase: sum(durations[phase]) for phase in PHASES}
         computing = sum(seconds[phase] for phase in STEP_PHASES[1:]) / self._counts["steps"]
         stalls = sum(wait > STALL_SHARE * computing for wait in durations["data"])
-        names = ("images", "tokens", "flops")
+        names = ("images", "tokens", "flops", "replaced")
         ours = [*(self._counts[name] for name in names), *seconds.values(), stalls, peak_bytes(self._device)]
         table = torch.zeros(world_size(), len(ours), dtype=torch.float64)
         table[rank()] = torch.tensor(ours, dtype=torch.float64)
         sum_over_ranks(table)
         num_steps, self._counts = self._counts["steps"], Counter()
 
-        means = dict(zip(PHASES, table[:, 3:-2].mean(0).tolist(), strict=True))
+        means = dict(zip(PHASES, table[:, len(names) : -2].mean(0).tolist(), strict=True))
         elapsed = sum(means.values()) - means["validation"]
-        images, tokens, flops = (table[:, :3].sum(0) / elapsed).tolist()
-        flops /= world_size()
+        images, tokens, flops, replaced = table[:, : len(names)].sum(0).tolist()
+        flops_per_second = flops / elapsed / world_size()
         return Costs(
             num_steps=num_steps,
-            images_per_second=images,
-            tokens_per_second=tokens,
-            flops_per_second=flops,
-            mfu=flops / self._peak_flops if self._peak_flops else None,
+            images_per_second=images / elapsed,
+            tokens_per_second=tokens / elapsed,
+            flops_per_second=flops_per_second,
+            mfu=flops_per_second / self._peak_flops if self._peak_flops else None,
             seconds={phase: means[phase] / num_steps for phase in PHASES},
             data_stalls=int(table[:, -2].max()),
             peak_bytes=int(table[:, -1].max()),
+            num_replaced=int(replaced),
         )
 
     def _durations(self) -> dict[Phase, list[float]]:

@@ -20,7 +20,7 @@ from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, resuming, run_folder
 from megadit.training.data_fits import check_data_fits
 from megadit.training.ema import Averages
-from megadit.training.online import OnlineEncoders
+from megadit.training.online import OnlineEncoders, stream_draws_noise
 from megadit.training.ranks import on_every_rank, on_first_rank, process_group, rank, world_size
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
@@ -57,13 +57,18 @@ def train(
             raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use another engine.kind")
         specs = build_table(recipe)
         manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
-        check_data_fits(recipe, manifest)
+        check_data_fits(recipe, manifest, _validation_manifest(recipe))
         encoders = OnlineEncoders(recipe.encoders, recipe, base.process_device()) if recipe.encoders else None
         on_first_rank(lambda: resuming.check(resume, run, recipe, manifest))
         on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
         if rank() == 0:
             logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
         return Trainer(recipe, run, engines.build(recipe), encoders, stop, end).train(resume)
+
+
+def _validation_manifest(recipe: Recipe) -> Manifest | None:
+    url = recipe.data.validation_url if recipe.validation else None
+    return None if url is None else on_first_rank(lambda: Manifest.load(url))
 
 
 def require_one_recipe(recipe: Recipe) -> None:
@@ -149,7 +154,8 @@ class Trainer:
         recipe = self._recipe
         first_step = self._images_seen // recipe.training.batch_size
         if first_step < recipe.num_steps:
-            stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
+            batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
+            stream = Stream(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
             batches = stream.iterate(first_step)
             for _ in range(first_step, recipe.num_steps):
                 yield next(batches)

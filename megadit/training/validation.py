@@ -17,7 +17,7 @@ from megadit.data.stream import validation_batches
 from megadit.engines.base import Engine, sum_over_ranks
 from megadit.objectives import Objective
 from megadit.recipe import Recipe
-from megadit.training.online import OnlineEncoders
+from megadit.training.online import OnlineEncoders, stream_draws_noise
 from megadit.training.ranks import on_every_rank, rank, world_size
 
 
@@ -38,7 +38,7 @@ def validate(
     sums = torch.zeros(strata, 2, dtype=torch.float64)  # loss, count
     moments = _Moments()
     for batch, weight_B in validation_batches(
-        recipe.data, recipe.seed, rank(), world_size(), settings.batch_size, strata
+        recipe.data, recipe.seed, rank(), world_size(), settings.batch_size, strata, stream_draws_noise(recipe)
     ):
         fraction_B = batch.timestep_uniform
         on_device = batch.to(engine.device) if encoders is None else encoders.encode_validation(batch)

@@ -23,7 +23,7 @@ from megadit.data.stream import Stream
 from megadit.engines.base import sum_over_ranks
 from megadit.recipe import Recipe, parse
 from megadit.training.data_fits import check_data_fits
-from megadit.training.online import OnlineEncoders
+from megadit.training.online import OnlineEncoders, stream_draws_noise
 from megadit.training.ranks import process_group, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     """Mean |activation| by layer, for each step."""
     engine = engines.build(recipe)
     objective = objectives.build(recipe, engine.device)
-    stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
+    batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
+    stream = Stream(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
     batches = stream.iterate(0)
     batch = next(batches)
     batches.close()

@@ -81,9 +81,6 @@ def test_stats_count_classes_and_what_was_left_out(pack_animals, raw: Path, tmp_
 
 def test_sound_data_sets(raw: Path, packed: Path) -> None:
     assert verify(str(raw / "set")) == verify(str(packed / "train")) == []
-    reports: list[tuple[int, int]] = []
-    verify(str(raw / "set"), workers=1, on_progress=lambda done, total: reports.append((done, total)))
-    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two tars, two files of captions
 
 
 @pytest.mark.parametrize("kind", ["png", "json", "text.npy", "pooled.npy"])

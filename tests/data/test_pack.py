@@ -143,7 +143,7 @@ def test_a_broken_pack_is_no_data_set_and_is_mended(pack_animals: Callable, pack
             pack_animals(str(tmp_path), on_progress=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(files(tmp_path)) == ["train/shard-000000.tar", "train/shards/shard-000000.json"]
+    assert sorted(files(tmp_path)) == ["pack.json", "train/shard-000000.tar", "train/shards/shard-000000.json"]
     assert not pack_animals(str(tmp_path)).skipped
     assert files(tmp_path) == files(packed)
     (tmp_path / "validation" / "manifest.json").unlink()  # broken between the two

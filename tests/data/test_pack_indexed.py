@@ -321,13 +321,6 @@ def test_a_shard_that_is_there_is_not_made_again(sa1b: Path, t5: TextEncoder, wh
         assert (path.stat().st_mtime_ns == written) == (path not in (first, second))
 
 
-def test_shards_of_other_settings_are_made_again(sa1b: Path, t5: TextEncoder, whole: dict, tmp_path: Path) -> None:
-    source = open_source(str(sa1b))
-    pack(source, str(tmp_path), replace(BUCKETS, picture_format="jpg"), t5, rank=0, world_size=2)
-    assert pack(source, str(tmp_path), BUCKETS, t5)
-    assert files(tmp_path) == whole
-
-
 def test_jpeg_pictures(sa1b: Path, tmp_path: Path) -> None:
     packed = pack(open_source(str(sa1b)), str(tmp_path), replace(SQUARE, size=64, picture_format="jpg"))
     exact = pack(open_source(str(sa1b)), str(tmp_path / "png"), replace(SQUARE, size=64))

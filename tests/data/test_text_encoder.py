@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertModel, BertTokenizerFast, T5Config, T5EncoderModel
 
 from megadit.data import text_encoder
@@ -76,6 +77,21 @@ def test_an_encoder_of_an_encoder_decoder_model(minilm_folder: Path, tmp_path: P
     assert TextEncoder.hidden_size("minilm") == 384
 
 
+def test_what_transformers_would_make_up_is_an_error(minilm_folder: Path, tmp_path: Path) -> None:
+    """An empty vocabulary where a tokenizer's files are missing, random weights where a tensor is."""
+    model = T5EncoderModel(T5Config(vocab_size=30522, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TextEncoderError, match=r"tokenizer's files are missing, spiece.model or tokenizer.json"):
+        TextEncoder.load(str(tmp_path))
+    BertTokenizerFast.from_pretrained(minilm_folder).save_pretrained(tmp_path)
+    assert TextEncoder.load(str(tmp_path)).dim == 16
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.final_layer_norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TextEncoderError, match=r"no file has encoder.final_layer_norm.weight \(1 are missing\)"):
+        TextEncoder.load(str(tmp_path))
+
+
 def test_padding(encoder: TextEncoder) -> None:
     features = encoder.encode(CAPTIONS)
     text, lengths, pooled = pad_text(features)
@@ -89,7 +105,7 @@ def test_padding(encoder: TextEncoder) -> None:
 def test_encoders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TextEncoderError, match="give 'minilm' or a folder"):
         TextEncoder.load("google/t5")
-    with pytest.raises(TextEncoderError, match=r"no .safetensors file"):
+    with pytest.raises(TextEncoderError, match=r"no model.safetensors in"):
         TextEncoder.load(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(TextEncoderError, match="transformers cannot load it"):

@@ -10,6 +10,7 @@ import torch
 
 from megadit.data import sa1b_like
 from megadit.data.autoencoder import Autoencoder
+from megadit.data.batch import TENSORS
 from megadit.data.captions import CaptionTable
 from megadit.data.indexing.dataset import index
 from megadit.data.packing.pack import pack
@@ -19,7 +20,7 @@ from megadit.data.stream import Stream, validation_batches
 from megadit.data.text_encoder import TextEncoder
 from megadit.recipe import Recipe, RecipeError, load
 from megadit.sampling.generate import sample
-from megadit.training.online import OnlineEncoders
+from megadit.training.online import OnlineEncoders, stream_draws_noise
 
 MAX_TOKENS = 24
 
@@ -78,11 +79,15 @@ def test_a_batch_is_that_of_cached_features(recipe: Callable[..., Recipe]) -> No
     online = recipe(online=True)
     assert online.encoders
     encoders = OnlineEncoders(online.encoders, online, torch.device("cpu"))
-    streams = [Stream(each.data, each.seed, 8, 0, 1) for each in (recipe(), online)]
+    streams = [Stream(each.data, each.seed, 8, 0, 1, stream_draws_noise(each)) for each in (recipe(), online)]
     for expected, raw, _ in zip(*(stream.iterate(3) for stream in streams), range(4), strict=False):
+        assert raw.noise.shape == (8, 0)  # none of the pixels' size is drawn for nothing
         found = encoders.encode_training(raw, 3)
         _assert_same(found, expected)
-    pairs = zip(*(validation_batches(each.data, each.seed, 0, 1, 5, 2) for each in (recipe(), online)), strict=True)
+    sets = [
+        validation_batches(each.data, each.seed, 0, 1, 5, 2, stream_draws_noise(each)) for each in (recipe(), online)
+    ]
+    pairs = zip(*sets, strict=True)
     for (expected, _), (raw, _) in pairs:
         _assert_same(encoders.encode_validation(raw), expected)
 
@@ -152,6 +157,8 @@ def test_samples_are_drawn_with_the_encoders_of_the_run(
         (False, ["data.url={packs}/indexed"], r"has pictures of their own sizes; state data.resolution"),
         (False, ["encoders.text={t5}"], r"has text features already \(of t5\); leave encoders.text out"),
         (False, ["encoders.vae={vae}"], r"has latents already \(of vae\); leave encoders.vae out"),
+        (False, ["data.validation_url={packs}/plain/validation"], r"plain/validation has captions and no features"),
+        (True, ["data.validation_url={packs}/cached/validation"], r"cached/validation has latents already"),
         (True, ["encoders.text=/absent"], r"text encoder '/absent': give 'minilm' or a folder"),
         (True, ["encoders.vae=/absent"], r"autoencoder '/absent': no such folder"),
     ],
@@ -195,3 +202,22 @@ def test_data_without_captions(recipe: Callable[..., Recipe], packs: Path, train
     bare = [f"data.url={tmp_path}/indexed", "data.resolution=16"]
     with pytest.raises(ValueError, match=r"has no captions, which the model needs; join them"):
         train(recipe(*bare, online=True), tmp_path / "run")
+
+
+def test_without_noise_nothing_else_changes(recipe: Callable[..., Recipe], packs: Path) -> None:
+    data = recipe(online=True).data
+    for workers in (0, 2):
+        settings = data.model_copy(update={"num_workers": workers})
+        plain, bare = (Stream(settings, 0, 8, 0, 1, with_noise) for with_noise in (True, False))
+        for expected, found, _ in zip(plain.iterate(2), bare.iterate(2), range(3), strict=False):
+            assert expected.noise.shape == (8, 3, 16, 16)
+            assert found.noise.shape == (8, 0)
+            for name in TENSORS:
+                assert name == "noise" or torch.equal(getattr(found, name), getattr(expected, name)), name
+            assert found.captions == expected.captions
+
+
+def test_only_an_autoencoder_draws_noise_of_its_own(recipe: Callable[..., Recipe]) -> None:
+    assert stream_draws_noise(recipe())
+    assert stream_draws_noise(recipe("encoders.vae=null", online=True))
+    assert not stream_draws_noise(recipe(online=True))

@@ -75,6 +75,16 @@ def test_data_that_the_model_does_not_take(
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_data_of_another_kind(
+    tiny_recipe: Callable[..., Recipe], pack_animals: Callable, tmp_path: Path
+) -> None:
+    pack_animals(str(tmp_path / "labelled"), label="subgroup")
+    other = f"data.validation_url=file://{tmp_path}/labelled/validation"
+    with pytest.raises(ValueError, match=r"the validation data at .*/validation has other classes than the data at"):
+        trainer.train(tiny_recipe(other), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_has_no_effect_on_the_curve_may_change(
     half: Path, train: Callable, tiny_recipe: Callable[..., Recipe], reference: Any
 ) -> None:

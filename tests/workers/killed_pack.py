@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sys
 import traceback
@@ -55,8 +56,8 @@ def main(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All but what a killed process was just writing."""
-    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """All but what a killed process was just writing, unless it was a shard."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not re.match(r"\.(?!shard)", path.name))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 

@@ -27,6 +27,7 @@ from megadit.data.indexing.gunzip import gunzip
 from megadit.data.indexing.parts import PARTS_FOLDER, Tar, load_part, save_part
 from megadit.data.indexing.tars import PICTURES, TarContent, TarError, scan
 from megadit.data.manifest import CAPTION, MANIFEST_NAME, METADATA, ImageFacts, Manifest, Shard
+from megadit.data.progress import Bars, Tally, no_bars
 from megadit.data.range_reader import RangeReader
 from megadit.data.storage import Store, open_store
 
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 PLAN_NAME = f"{PARTS_FOLDER}/tars.json"
 MEMBERS = ("jpg", METADATA)
-Progress = Callable[[int, int], None]
 
 
 class IndexingError(ValueError):
@@ -65,13 +65,13 @@ def index(
     checklist: str | None = None,
     gunzip_to: str | None = None,
     workers: int = 4,
-    on_progress: Progress = lambda done, total: None,
+    bars: Bars = no_bars,
 ) -> Indexed:
     """Index the tars at `tars` (s3://bucket/prefix, file:///folder or a path) into a data set at `destination`.
 
     match: of their names without folders; `tars` may end in such a pattern instead. members: the kinds that a sample
     must have, a picture and no, one or both of json and txt. checklist: a file of md5 or sha256 of the tars. gunzip_to:
-    where to write tars that are compressed. on_progress(done, total): called often, in bytes, from several threads.
+    where to write tars that are compressed.
     Raises IndexingError, TarError, CaptionError and StorageError. What a broken call has read stays, and the same call
     goes on from there; a tar whose ETag changed is read again.
     """
@@ -88,16 +88,19 @@ def index(
     digests = read_checklist(checklist) if checklist else None
     with ThreadPoolExecutor(workers, thread_name_prefix="megadit-index") as pool:
         if gunzip_to is not None:
-            names = sorted(pool.map(lambda name: gunzip(source, name, root), names))
+            with bars("unpacking tars") as advance:
+                unpacked = Tally(advance, sum(size or 0 for size in pool.map(source.size, names)))
+                names = sorted(pool.map(lambda name: gunzip(source, name, root, unpacked.add), names))
         planned = list(pool.map(lambda name: _describe(root, name, kinds, digests), names))
         known = list(pool.map(lambda name: load_part(store, name), names))
     wanted = [tar for tar, part in zip(planned, known, strict=True) if part is None or part[0] != tar]
-    _read(root, store, wanted, workers, on_progress)
+    with bars("reading tars") as advance:
+        _read(root, store, wanted, workers, Tally(advance, sum(tar.num_bytes for tar in wanted)))
     store.put(PLAN_NAME, json.dumps({"root": root.url(), "tars": names}, indent=1).encode())
-    return replace(_assemble(store, root.url(), names, captions), num_read=len(wanted))
+    return replace(_assemble(store, root.url(), names, captions, bars), num_read=len(wanted))
 
 
-def add_captions(destination: str, captions: CaptionTable) -> Indexed:
+def add_captions(destination: str, captions: CaptionTable, bars: Bars = no_bars) -> Indexed:
     """Join captions to the indexed data set at `destination`, in place of those that it has; no tar is read.
 
     Raises IndexingError, CaptionError, ManifestError and StorageError.
@@ -107,7 +110,7 @@ def add_captions(destination: str, captions: CaptionTable) -> Indexed:
     if manifest.root is None or store.size(PLAN_NAME) is None:
         raise IndexingError(f"{store.url()} was not made by `megadit data index`; captions are packed with pictures")
     plan = json.loads(store.get(PLAN_NAME))
-    return _assemble(store, plan["root"], plan["tars"], captions)
+    return _assemble(store, plan["root"], plan["tars"], captions, bars)
 
 
 def _check_members(members: Sequence[str]) -> tuple[str, ...]:
@@ -136,18 +139,14 @@ def _describe(source: Store, name: str, members: tuple[str, ...], digests: dict[
     return Tar(name, num_bytes, etag, members, digests[short] if digests else "")
 
 
-def _read(source: Store, store: Store, wanted: Sequence[Tar], workers: int, on_progress: Progress) -> None:
+def _read(source: Store, store: Store, wanted: Sequence[Tar], workers: int, tally: Tally) -> None:
     """Make the parts of these tars. Those that are wrong are told together, at the end."""
-    total = sum(tar.num_bytes for tar in wanted)
-    done, lock, stop = 0, threading.Lock(), threading.Event()
+    stop = threading.Event()
 
     def advance(window: bytes) -> None:
-        nonlocal done
         if stop.is_set():
             raise IndexingError("stopped")  # nobody waits for it
-        with lock:
-            done += len(window)
-            on_progress(done, total)
+        tally.add(len(window))
 
     def read(tar: Tar) -> str:
         try:
@@ -184,7 +183,7 @@ def _scan(source: Store, tar: Tar, advance: Callable[[bytes], None]) -> TarConte
     return content
 
 
-def _assemble(store: Store, root: str, names: Sequence[str], captions: CaptionTable | None) -> Indexed:
+def _assemble(store: Store, root: str, names: Sequence[str], captions: CaptionTable | None, bars: Bars) -> Indexed:
     """The data set of the parts. The manifest is written last."""
     tars, contents = _load_parts(store, names)
     others = _sum(content.others for content in contents)
@@ -204,7 +203,7 @@ def _assemble(store: Store, root: str, names: Sequence[str], captions: CaptionTa
     sizes = np.concatenate([content.sizes for content in contents])
     kept, joined = np.ones(len(keys), dtype=bool), None
     if captions:
-        joined = join(captions, keys, order, counts, [f"captions/{name}.txt" for name in names], store)
+        joined = join(captions, keys, order, counts, [f"captions/{name}.txt" for name in names], store, bars)
         kept, places[CAPTION] = joined.found, joined.places
         left_out += joined.left_out
     manifest = Manifest(

@@ -3,6 +3,7 @@
 import gzip
 import io
 import zlib
+from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from megadit.data.indexing.tars import GZIP_MAGIC, TarError
@@ -12,17 +13,19 @@ from megadit.data.storage import Store
 SOURCE_SUFFIX = ".source"  # beside each written tar: the ETag of what it was written from
 
 
-def gunzip(source: Store, name: str, target: Store) -> str:
+def gunzip(source: Store, name: str, target: Store, on_bytes: Callable[[int], object]) -> str:
     """Write the tar `name` of `source` to `target`, decompressed; its name there. One that is there is kept.
 
-    Raises TarError for what is not compressed, cut short or damaged, and StorageError.
+    on_bytes: is told of how many more bytes of the compressed one are done. Raises TarError for what is not compressed,
+    cut short or damaged, and StorageError.
     """
     plain = name.removesuffix(".gz")
     plain = f"{plain.removesuffix('.tgz')}.tar" if plain.endswith(".tgz") else plain
-    file = RangeReader(source, name)
+    file = RangeReader(source, name, lambda window: on_bytes(len(window)))
     etag = (file.etag or "").encode()
     written = all(target.size(file) is not None for file in (plain, plain + SOURCE_SUFFIX))
     if written and target.get(plain + SOURCE_SUFFIX) == etag:
+        on_bytes(file.size)
         return plain
     if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
         raise TarError(f"{file.url} is not compressed; index compressed tars and plain ones by themselves")

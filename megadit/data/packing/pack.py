@@ -2,6 +2,7 @@
 
 <destination>/train/shard-000000.tar ...   shards/...   index/...   manifest.json
 <destination>/validation/...               the same: a data set of its own
+<destination>/pack.json                    what all this is made from: another pack does not begin here (destination.py)
 
 A sample is `key.png` or `key.jpg` (RGB, at its shard's bucket), `key.json` (its metadata, where the source has some),
 `key.txt` (its caption), `key.latent.npy`, `key.text.npy` (the caption's true length), `key.text_scale.npy` and
@@ -15,19 +16,22 @@ number of ranks and however often they were stopped. What a broken pack leaves b
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from megadit.data.autoencoder import Autoencoder
 from megadit.data.index import PLACE, Index
 from megadit.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from megadit.data.packing.destination import claim, remove_temporaries
 from megadit.data.packing.encoding import Encoding
 from megadit.data.packing.plan import TRAIN, VALIDATION, ShardPlan, plan_shards
 from megadit.data.packing.settings import PackError, Settings
-from megadit.data.packing.shard import Part, build_shard, read_part, write_shard
+from megadit.data.packing.shard import Part, build_shard, part_name, read_part, write_shard
 from megadit.data.packing.source import Source
+from megadit.data.progress import Bars, Tally, no_bars
 from megadit.data.storage import Store, open_store
 from megadit.data.text_encoder import TextEncoder
 
@@ -61,14 +65,14 @@ def pack(
     *,
     rank: int = 0,
     world_size: int = 1,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    bars: Bars = no_bars,
 ) -> Packed | None:
     """Pack `source` to `destination` (s3://bucket/prefix, file:///folder or a path) as `train` and `validation`.
 
     This rank makes every `world_size`-th shard. None is returned where shards of other ranks are still missing; the
-    rank that finishes last, or the next pack with the same arguments, writes the manifests. on_progress(done, total):
-    called after each shard, in samples of this rank.
-    Raises PackError, SourceError and StorageError; a destination that has another data set is left as it is.
+    rank that finishes last, or the next pack with the same arguments, writes the manifests.
+    Raises PackError, SourceError and StorageError; a destination that has another data set, or part of one, is left as
+    it is.
     """
     encoding = Encoding(source, settings, text_encoder, autoencoder)
     splits = (TRAIN, VALIDATION) if settings.holdout else (TRAIN,)
@@ -82,7 +86,9 @@ def pack(
 
     plans = plan_shards(source, settings, autoencoder)
     classes = _Classes.read(source, plans, settings.label)
-    job.make(plans[rank::world_size], _most_broken(plans), on_progress)
+    both = [open_store(f"{destination}/{split}") for split in (TRAIN, VALIDATION)]  # another pack may have made either
+    claim(open_store(destination), both, _asked(source, settings, encoding))
+    job.make(plans[rank::world_size], _most_broken(plans), bars)
     parts = job.parts(plans)
     if parts is None:
         log.info("rank %d of %d has made its shards; some of others are not there yet", rank, world_size)
@@ -93,6 +99,8 @@ def pack(
         for split in splits
     }
     for split, manifest in manifests.items():
+        names = [plan.name for plan in plans if plan.split == split]
+        remove_temporaries(job.stores[split], {*names, *map(part_name, names)})
         job.stores[split].put(MANIFEST_NAME, manifest.dump())
     return _to_packed(manifests, skipped=False)
 
@@ -113,20 +121,20 @@ class _Job:
     inputs: str
     stores: dict[str, Store]
 
-    def make(self, plans: Sequence[ShardPlan], most_broken: int, on_progress: Callable[[int, int], None]) -> None:
+    def make(self, plans: Sequence[ShardPlan], most_broken: int, bars: Bars) -> None:
         """Make the shards that are not there yet."""
-        total, done = sum(len(plan.samples) for plan in plans), 0
         broken: list[str] = []
-        for plan in plans:
-            store = self.stores[plan.split]
-            part = read_part(store, plan, self.inputs)
-            if part is None:
-                tar_bytes, part = build_shard(self.source, plan, self.encoding, self.inputs)
-                broken += part.broken
-                _check_broken(broken, most_broken, self.source)
-                write_shard(store, tar_bytes, part)
-            done += len(plan.samples)
-            on_progress(done, total)
+        with bars("packing") as advance:
+            tally = Tally(advance, sum(len(plan.samples) for plan in plans))
+            for plan in plans:
+                store = self.stores[plan.split]
+                part = read_part(store, plan, self.inputs)
+                if part is None:
+                    tar_bytes, part = build_shard(self.source, plan, self.encoding, self.inputs)
+                    broken += part.broken
+                    _check_broken(broken, most_broken, self.source)
+                    write_shard(store, tar_bytes, part)
+                tally.add(len(plan.samples))
 
     def parts(self, plans: Sequence[ShardPlan]) -> list[Part] | None:
         """What is in the shards; None where one is missing."""
@@ -182,6 +190,14 @@ class _Classes:
 
     def of(self, samples: np.ndarray) -> np.ndarray | None:
         return None if self.places is None else self.places[np.searchsorted(self.numbers, samples)]
+
+
+def _asked(source: Source, settings: Settings, encoding: Encoding) -> dict[str, Any]:
+    """What the inputs are the sha256 of, for those who read it."""
+    facts = {"image": encoding.image, "latent": encoding.latent, "text": encoding.text}
+    stated = {name: fact.model_dump() for name, fact in facts.items() if fact}
+    flat = {f"{name}.{key}": value for name, fact in stated.items() for key, value in fact.items()}
+    return {"source": source.digest, **settings.facts(), **flat}
 
 
 def _inputs(source: Source, settings: Settings, encoding: Encoding) -> str:

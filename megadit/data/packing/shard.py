@@ -87,13 +87,14 @@ def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str
 
 def write_shard(store: Store, tar_bytes: bytes, part: Part) -> None:
     """The tar, then the part that vouches for it. Raises StorageError."""
+    store.delete(part_name(part.shard.name))  # of a tar that was lost: it must not vouch for the new one
     store.put(part.shard.name, tar_bytes)
-    store.put(_part_name(part.shard.name), part.model_dump_json().encode())
+    store.put(part_name(part.shard.name), part.model_dump_json().encode())
 
 
 def read_part(store: Store, plan: ShardPlan, inputs: str) -> Part | None:
     """The part of the shard that `plan` asks for; None where it is not made yet, or was made from something else."""
-    name = _part_name(plan.name)
+    name = part_name(plan.name)
     if store.size(name) is None:
         return None
     try:
@@ -104,7 +105,8 @@ def read_part(store: Store, plan: ShardPlan, inputs: str) -> Part | None:
     return part if part.plan == plan.digest(inputs) and store.size(plan.name) == part.shard.num_bytes else None
 
 
-def _part_name(shard: str) -> str:
+def part_name(shard: str) -> str:
+    """Where the part of the shard of that name lies."""
     return f"shards/{shard.removesuffix('.tar')}.json"
 
 
