@@ -77,13 +77,26 @@ def bench_networks(batch_size: int, num_pairs: int) -> None:
         )
 
 
+def _isotropic(num: int, reference: bool, draws: torch.Generator) -> Tensor:
+    """No structure: distances are as alike as can be."""
+    return torch.randn(num, POOL_DIM, generator=draws).abs_() * (1.02 if reference else 1)
+
+
+def _clustered(num: int, reference: bool, draws: torch.Generator) -> Tensor:
+    """A thousand clusters, as of classes, in directions whose variance falls as that of pictures' features does."""
+    deviations = torch.arange(1, POOL_DIM + 1) ** -0.5
+    middles = torch.randn(1000, POOL_DIM, generator=torch.Generator().manual_seed(1))
+    members = middles[torch.randint(1000, (num,), generator=draws)]
+    return (members + torch.randn(num, POOL_DIM, generator=draws) * (1 if reference else 0.9)) * deviations
+
+
 @torch.inference_mode()
-def bench_scores(num_vectors: int, num_reference: int) -> None:
+def bench_scores(num_vectors: int, num_reference: int, draw: Callable[[int, bool, torch.Generator], Tensor]) -> None:
     """Print the seconds, and CPU seconds, of a Frechet distance with its error and of precision and recall."""
     generator = torch.Generator().manual_seed(0)
-    ours = torch.randn(num_vectors, POOL_DIM, generator=generator).abs_()
-    theirs = torch.randn(num_reference, POOL_DIM, generator=generator).abs_() * 1.02
-    logger.info("%d vectors of %d features against %d %11s %8s", num_vectors, POOL_DIM, num_reference, "s", "CPU s")
+    ours, theirs = draw(num_vectors, False, generator), draw(num_reference, True, generator)
+    kind = f"{num_vectors} {draw.__name__.strip('_')} vectors of {POOL_DIM} against {num_reference}"
+    logger.info("%-44s %10s %8s", kind, "s", "CPU s")
     with _timed("together"):
         with _timed("means and covariances, float64"):
             statistics, reference = (Moments.of(features).statistics() for features in (ours, theirs))
@@ -113,7 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     logger.info("%s", machine())
     bench_networks(options.batch_size, options.pairs)
-    bench_scores(options.vectors, options.reference)
+    for draw in (_isotropic, _clustered):
+        bench_scores(options.vectors, options.reference, draw)
 
 
 if __name__ == "__main__":

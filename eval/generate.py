@@ -24,7 +24,7 @@ from megadit.eval.samplers import Sampler, choose
 from megadit.eval.tasks.task import Record, Task
 from megadit.eval.weights import sha256_of
 from megadit.randomness import named_generator
-from megadit.recipe import Recipe
+from megadit.recipe import GenerationPrecision, Recipe
 from megadit.sampling.generate import class_numbers, default_weights, load_conditioner, load_decoder, load_weights
 from megadit.sampling.guidance import guide
 from megadit.training import checkpoint, run_folder
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SEED_SCHEME = "blake2b(0/evaluation TASK prompt P image I), torch CPU generator, version 1"
 LOG_SECONDS = 30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = ("megadit", "torch", "diffusers", "transformers", "pillow")
 
 Place = tuple[int, int]  # prompt index, image index
@@ -42,14 +43,20 @@ Place = tuple[int, int]  # prompt index, image index
 
 @dataclass(frozen=True)
 class Options:
-    """How a checkpoint is sampled. `ema` is an average's name, "weight", or None for the first average."""
+    """How a checkpoint is sampled. `ema` is an average's name, "weight", or None for the first average.
+
+    `guidance_channels` are guided, the first ones, or all for None. `precision` is that of the weights of the model and
+    the text encoder; what a sampler keeps, and the autoencoder, are in fp32.
+    """
 
     ema: str | None = None
     sampler: str | None = None
     num_steps: int | None = None
     shift: float | None = None
     guidance_scale: float = 4.0
+    guidance_channels: int | None = None
     batch_size: int = 32
+    precision: GenerationPrecision = "fp32"
     encoder: str | None = None
     vae: str | None = None
 
@@ -117,6 +124,10 @@ def _prepare(task: Task, run: Path, path: Path, options: Options) -> _Job:
         raise ValueError(
             f"the model makes latents of {recipe.model.in_channels} channels: give the autoencoder's folder by --vae"
         )
+    if (options.guidance_channels or 1) > recipe.model.in_channels:
+        raise ValueError(
+            f"--guidance-channels {options.guidance_channels}: the model has {recipe.model.in_channels} channels"
+        )
     _check_conditions(recipe, task)
     return _Job(run, path, weights, recipe, task, sampler, options)
 
@@ -147,11 +158,12 @@ def _manifest(job: _Job) -> dict[str, Any]:
         "weights": job.weights,
         "sampler": job.sampler.describe(),
         "guidance_scale": job.options.guidance_scale,
+        "guidance_channels": job.options.guidance_channels or config.in_channels,
         "seed_scheme": SEED_SCHEME,
         "batch_size": job.options.batch_size,
         "input_size": config.input_size,
         "autoencoder": _autoencoder_sha256(job.options.vae),
-        "dtype": "fp32",
+        "dtype": job.options.precision,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -181,15 +193,19 @@ def _generate(
     if not batches:
         return 0, 0.0
     torch.backends.cudnn.allow_tf32 = False  # as scoring has it, so that a suite's images do not depend on its order
-    model = load_weights(job.recipe, job.checkpoint, job.weights).to(device)
-    conditions = _load_conditions(job)
-    vae = job.options.vae
+    options = job.options
+    model = load_weights(job.recipe, job.checkpoint, job.weights, DTYPES[options.precision]).to(device)
+    conditions = _load_conditions(job, device)
+    vae = options.vae
     decoder = load_decoder(vae, job.recipe, device) if vae is not None else None
     made, began, logged = 0, time.monotonic(), time.monotonic()
     with units.recording(out, rank(), world_size()) as commit:
         for batch in batches:
             on_device = {name: value.to(device) for name, value in conditions(batch).items()}
-            images = sample(model, job.recipe, on_device, job.sampler, job.options.guidance_scale, _draws(job, batch))
+            draws = _draws(job, batch)
+            images = sample(
+                model, job.recipe, on_device, job.sampler, options.guidance_scale, draws, options.guidance_channels
+            )
             pictures = to_png(_finite(decoder.decode(images) if decoder else images, batch))
             commit([_write(out, place, png) for place, png in zip(batch, pictures, strict=True) if place in missing])
             made += len(missing.intersection(batch))
@@ -199,7 +215,7 @@ def _generate(
     return made, time.monotonic() - began
 
 
-def _load_conditions(job: _Job) -> Callable[[Sequence[Place]], Mapping[str, Tensor]]:
+def _load_conditions(job: _Job, device: torch.device) -> Callable[[Sequence[Place]], Mapping[str, Tensor]]:
     """What makes the conditions of a batch."""
     records: list[Record] = job.task.records
     if "num_classes" in job.task.settings:
@@ -207,7 +223,8 @@ def _load_conditions(job: _Job) -> Callable[[Sequence[Place]], Mapping[str, Tens
     if job.recipe.model.family == "dit":
         classes = run_folder.load_manifest(job.run).labels
         class_numbers([record["prompt"] for record in records], classes)  # an unknown one is said before any is drawn
-    encode = load_conditioner(job.run, job.recipe, job.options.encoder)
+    dtype = DTYPES[job.options.precision]
+    encode = load_conditioner(job.run, job.recipe, job.options.encoder, device, dtype)
     return lambda batch: encode([records[prompt]["prompt"] for prompt, _ in batch])
 
 
@@ -222,15 +239,18 @@ def sample(
     sampler: Sampler,
     guidance_scale: float,
     draws: Sequence[torch.Generator],
+    guidance_channels: int | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] under B conditions, on their device, about in [-1, 1] (latents: in their units).
 
-    `draws[i]`, a generator on the CPU, gives the first noise of image i and then what the sampler adds.
+    `draws[i]`, a generator on the CPU, gives the first noise of image i and then what the sampler adds. Guided are the
+    first `guidance_channels` channels, or all.
     """
     config, device = recipe.model, next(iter(conditions.values())).device
     shape = (config.in_channels, config.input_size, config.input_size)
     noise_BCHW = torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
-    return sampler.sample(guide(model, conditions, guidance_scale, config.in_channels), noise_BCHW, draws)
+    predict = guide(model, conditions, guidance_scale, guidance_channels or config.in_channels)
+    return sampler.sample(predict, noise_BCHW, draws)
 
 
 def _finite(images_BCHW: Tensor, batch: Sequence[Place]) -> Tensor:

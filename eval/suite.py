@@ -130,7 +130,9 @@ def _generate(task: EvaluationTask, path: Path, folder: Path, section: Evaluatio
         num_steps=task.num_steps,
         shift=task.shift,
         guidance_scale=task.guidance_scale,
+        guidance_channels=task.guidance_channels,
         batch_size=section.batch_size,
+        precision=section.precision,
         encoder=section.encoder,
         vae=section.vae,
     )

@@ -6,16 +6,14 @@ As color_classification of evaluate_images.py of djghosh13/geneval (which runs u
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from megadit.eval.geneval.rules import COLOURS, Detection
-from megadit.eval.networks.clip import PIXEL_MEAN, PIXEL_STD
-from megadit.eval.resize import center_crop
+from megadit.eval.networks.clip import load_tokenizer, prepare
 from megadit.eval.weights import load_folder
 
 BACKGROUND = "#999"
@@ -35,15 +33,7 @@ class ColourClassifier:
         """From a folder with a transformers CLIP model. Raises ValueError, also for one with the wrong activation."""
         model = load_folder(CLIPModel, folder)
         assert isinstance(model, CLIPModel)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"weights {folder}: no tokenizer: {' '.join(str(error).split())}") from error
-        if len(tokenizer) != model.config.text_config.vocab_size:  # without its files transformers makes an empty one
-            raise ValueError(
-                f"weights {folder}: the tokenizer has {len(tokenizer)} tokens, the model "
-                f"{model.config.text_config.vocab_size}; its files belong into the folder, too"
-            )
+        tokenizer = load_tokenizer(folder, model)
         for tower in (model.config.text_config, model.config.vision_config):
             if tower.hidden_act != "quick_gelu":
                 raise ValueError(
@@ -87,12 +77,3 @@ def cut_out(image: Image.Image, detection: Detection) -> Image.Image:
         grey = Image.new("RGB", image.size, color=BACKGROUND)
         image = Image.composite(image, grey, Image.fromarray(detection.mask))
     return image.crop(detection.box)
-
-
-def prepare(image: Image.Image, size: int) -> Tensor:
-    """An RGB image as CLIP takes it, [3, size, size]: the shorter side to `size` (bicubic), then the centre."""
-    short = min(image.size)
-    width, height = (size * side // short for side in image.size)
-    centre = center_crop(image.resize((width, height), Image.Resampling.BICUBIC), size)
-    pixels = torch.from_numpy(np.array(centre, dtype=np.float32)).permute(2, 0, 1) / 255
-    return (pixels - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(PIXEL_STD)[:, None, None]

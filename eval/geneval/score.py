@@ -21,7 +21,7 @@ from megadit.eval.geneval.colours import ColourClassifier
 from megadit.eval.geneval.detector import Detector
 from megadit.eval.geneval.rows import Row, Rows
 from megadit.eval.geneval.rules import Prompt, Thresholds, judge, parse_prompt, select
-from megadit.eval.geneval.selftest import check_arithmetic, check_golden
+from megadit.eval.geneval.selftest import check_arithmetic, check_golden, record
 from megadit.eval.geneval.summary import results_line, summarise
 from megadit.eval.pictures import Generated, fingerprint
 from megadit.eval.units import Unit, read_manifest, read_prompts, write_text
@@ -40,7 +40,6 @@ PROMPTS_BY_TAG = {
     "color_attr": 100,
 }
 IMAGES_PER_PROMPT = 4
-GOLDEN_FOLDER = "geneval-golden"
 LOG_SECONDS = 30
 
 MMDET = "mask2former_swin-s-p4-w7-224"
@@ -108,7 +107,7 @@ def score_geneval(
     def judge_share() -> dict[str, Any]:
         detector = Detector.load(located[0].path, device)
         colours = ColourClassifier.load(located[1].path, device)
-        tested = _self_test(detector, weights / GOLDEN_FOLDER)
+        tested = _self_test(detector, golden_folder(weights, metric))
         _judge(detector, colours, task, rows, missing[rank() :: world_size()], protocol.thresholds)
         return tested
 
@@ -124,6 +123,25 @@ def score_geneval(
         return score
 
     return on_first_rank(finish)
+
+
+def golden_folder(weights: Path, metric: str) -> Path:
+    """Where the golden images of a metric's detector are: another detector finds other boxes."""
+    return weights / f"{metric}-golden"
+
+
+def record_golden(weights: Path, metric: str, device: torch.device, protocol: Protocol | None = None) -> Path:
+    """Write golden.json for the pictures in `golden_folder`, as the metric's detector sees them on this machine.
+
+    From then on every score with these weights checks the detector against it. Raises ValueError where there are no
+    pictures, or nothing is found in them, and where the weights are missing or the detector's arithmetic is wrong.
+    """
+    protocol, folder = protocol or PROTOCOLS[metric], golden_folder(weights, metric)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; put pictures of some of the detector's classes into it")
+    detector = Detector.load(_locate_detector(weights, protocol).path, device)
+    check_arithmetic(detector)
+    return record(detector, folder)
 
 
 def _read_task(folder: Path, protocol: Protocol) -> _Task:
@@ -150,9 +168,12 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _locate(weights: Path, protocol: Protocol) -> tuple[Located, Located]:
+    return _locate_detector(weights, protocol), protocol.colours.locate(weights)
+
+
+def _locate_detector(weights: Path, protocol: Protocol) -> Located:
     there = [file for file in protocol.detectors if (weights / file.name).exists()]
-    detector = (there or protocol.detectors)[0]
-    return detector.locate(weights), protocol.colours.locate(weights)
+    return (there or protocol.detectors)[0].locate(weights)
 
 
 def _judge_id(sha256: Mapping[str, str], protocol: Protocol) -> str:
@@ -167,7 +188,9 @@ def _self_test(detector: Detector, golden: Path) -> dict[str, Any]:
     num_golden = check_golden(detector, golden) if golden.is_dir() else 0
     if not num_golden and rank() == 0:
         logger.warning(
-            "%s does not exist: no golden images, so a detector that finds too little would not be noticed", golden
+            "%s does not exist: no golden images (see `megadit eval geneval-golden`), so a detector that finds too "
+            "little would not be noticed",
+            golden,
         )
     return {"golden_images": num_golden, "arithmetic_error": error}
 

@@ -2,8 +2,8 @@
 
 A detector with wrong weights or a wrong operator does not fail: it finds little, and GenEval comes out near 0.03.
 
-Golden images: a folder with pictures and golden.json, the objects that a trusted detector finds in them. `record`
-writes it; do so where the detector's box AP on COCO was measured. It finds every kind of fault:
+Golden images: a folder with pictures and golden.json, the objects that a trusted detector finds in them. `megadit eval
+geneval-golden` writes it; do so where the detector's box AP on COCO was measured. It finds every kind of fault:
 
     {"images": [{"file": "dog.png", "objects": [{"class": "dog", "box": [x1, y1, x2, y2], "score": 0.98}, ...]}, ...]}
 
@@ -112,7 +112,7 @@ def _plain(name: str, detection: Detection) -> dict[str, Any]:
 
 def _read_golden(path: Path) -> dict[str, Objects]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; the folder of golden images needs it")
+        raise ValueError(f"{path}: no such file; `megadit eval geneval-golden` writes it where the detector is trusted")
     try:
         images = json.loads(path.read_text(encoding="utf-8"))["images"]
         golden: dict[str, Objects] = {

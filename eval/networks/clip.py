@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from megadit.eval.resize import Pixels, center_crop
 from megadit.eval.weights import load_folder
@@ -30,17 +30,13 @@ class ClipAgreement:
         model = load_folder(CLIPModel, folder)
         assert isinstance(model, CLIPModel)
         self._model = model.to(device)
-        self._tokenizer = _load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(folder, model)
         self._size: int = model.config.vision_config.image_size
         self._scale, self._device = scale, device
 
     def prepare(self, pixels: Pixels) -> Tensor:
-        """openai/CLIP's: shorter side to the network's size (bicubic), center crop, normalised. float32 [3, S, S]."""
-        image = Image.fromarray(pixels)
-        shorter = min(image.size)
-        width, height = (int(self._size * side / shorter) for side in image.size)
-        image = center_crop(image.resize((width, height), Image.Resampling.BICUBIC), self._size)
-        return _normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+        """float32 [3, S, S]; see the function `prepare`."""
+        return prepare(Image.fromarray(pixels), self._size)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
@@ -80,11 +76,26 @@ def learned_scale(model: CLIPModel) -> Tensor:
     return model.logit_scale.exp()
 
 
-def _load_tokenizer(folder: Path) -> AutoTokenizer:
+def load_tokenizer(folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises ValueError where it is missing or has another vocabulary than the model."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"weights {folder}: no tokenizer: {' '.join(str(error).split())}") from error
+    if len(tokenizer) != (size := model.config.text_config.vocab_size):  # without files transformers makes an empty one
+        raise ValueError(
+            f"weights {folder}: the tokenizer has {len(tokenizer)} tokens, the model {size}; "
+            "its files belong into the folder, too"
+        )
+    return tokenizer
+
+
+def prepare(image: Image.Image, size: int) -> Tensor:
+    """An RGB image as openai/CLIP takes it: shorter side to `size` (bicubic), the centre. float32 [3, size, size]."""
+    shorter = min(image.size)
+    width, height = (size * side // shorter for side in image.size)
+    centre = center_crop(image.resize((width, height), Image.Resampling.BICUBIC), size)
+    return _normalised(torch.from_numpy(np.array(centre)).permute(2, 0, 1) / 255)
 
 
 def _normalised(image_3HW: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _mjhq(options: TaskOptions) -> Task:
 
 def _coco30k(options: TaskOptions) -> Task:
     """30,000 captions of MS-COCO val2014. There is no canonical list: the score is one of this list's SHA-256."""
-    path = require(options.prompts, "coco30k", "a .txt or .jsonl with the 30,000 captions to use; keep it")
+    path = require(options.prompts, "coco30k", "a .txt, .jsonl or .csv with the 30,000 captions to use; keep it")
     records, digest = read_list(path)
     check_count(len(records), COCO_PROMPTS, str(path), "a list of COCO-30K")
     return Task("coco30k", 1, records, 1, digest)
@@ -108,7 +108,7 @@ def _imagenet50k(options: TaskOptions) -> Task:
 
 def _prompts(options: TaskOptions) -> Task:
     """Any list."""
-    path = require(options.prompts, "prompts", 'a .txt with one prompt a line, or a .jsonl with {"prompt": ...}')
+    path = require(options.prompts, "prompts", 'a .txt with one prompt a line, .jsonl with {"prompt": ...}, or .csv')
     records, digest = read_list(path)
     check_unique(records, str(path), "; for several images of one use --images-per-prompt")
     return Task("prompts", 1, records, options.images_per_prompt or 1, digest)

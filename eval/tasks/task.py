@@ -1,6 +1,8 @@
 """A list of prompts and how many images each gets; reading such lists from files."""
 
+import csv
 import hashlib
+import io
 import json
 import unicodedata
 from collections import Counter
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl", ".csv")
+CSV_COLUMNS = ("prompt", "caption", "text")  # what lists of captions call theirs
 WHITE_SPACE = "\t\n\r"  # control characters that captions do have
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -40,13 +43,16 @@ class Task:
 
 
 def read_list(path: Path) -> tuple[list[Record], str]:
-    """The prompts of a .txt (one a line) or a .jsonl ({"prompt": ...} a line) and the file's SHA-256.
+    """The prompts of a .txt (one a line), a .jsonl ({"prompt": ...} a line) or a .csv and the file's SHA-256.
 
+    A .csv has a header with one of CSV_COLUMNS; its other columns are kept beside the prompt.
     Raises ValueError, with the line, for what is no prompt: an empty line, a character that no caption has.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"prompts {path}: must be a file ending in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"prompts {path}: must be a file ending in {', '.join(SUFFIXES)}")
     data, text = read_text(path)
+    if path.suffix == ".csv":
+        return _parse_csv(text, path), hashlib.sha256(data).hexdigest()
     lines = text.removesuffix("\n").split("\n")  # splitlines() also splits at characters that captions may have
     records = []
     for number, line in enumerate(lines, start=1):
@@ -77,6 +83,24 @@ def _parse(line: str, where: str) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not a JSON object with a prompt but {type(record).__name__}")
     return record
+
+
+def _parse_csv(text: str, path: Path) -> list[Record]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    column = next((name for name in CSV_COLUMNS if name in (rows.fieldnames or ())), None)
+    if column is None:
+        raise ValueError(f"{path}: no column {' or '.join(CSV_COLUMNS)} in its first line, but {rows.fieldnames}")
+    records = []
+    try:
+        for row in rows:
+            if None in row:
+                raise ValueError(f"{path} line {rows.line_num}: more columns than in the first line")
+            check_prompt(row[column], f"{path} line {rows.line_num}")
+            others = {name: value for name, value in row.items() if name and name != column}
+            records.append({"prompt": row[column], **others})
+    except csv.Error as error:
+        raise ValueError(f"{path} line {rows.line_num}: not CSV: {error}") from None
+    return records
 
 
 def check_prompt(prompt: object, where: str) -> None:

@@ -1,18 +1,19 @@
 """`megadit eval`: images of a task, their scores, and reports."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from megadit.eval.score import score
 from megadit.launcher.environment import detect
-from megadit.recipe import LabelOrder, SamplerName
+from megadit.recipe import GenerationPrecision, LabelOrder, SamplerName
 
 if TYPE_CHECKING:
     import torch
 
 QUICKSTART_RANKS = 2  # of one thread each: faster than one process with two, for networks so small
+GenEvalName = Literal["geneval", "geneval-hf"]
 
 eval_app = typer.Typer(
     help="Evaluate trained models offline: generate, score, report.", no_args_is_help=True, rich_markup_mode=None
@@ -46,8 +47,14 @@ def generate(
         int | None, typer.Option(min=1, help="Steps of the sampler.  [default: ddpm 250, dpm++ 20, others 28]")
     ] = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.0,
+    guidance_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guide the first N channels; DiT's samples are of 3.  [default: all]")
+    ] = None,
     shift: Annotated[float | None, typer.Option(help="Shift of the times to noise, for flow.  [default: 1]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass; part of the job.")] = 32,
+    precision: Annotated[
+        GenerationPrecision, typer.Option(help="Of the weights of model and text encoder: fp32 or bf16.")
+    ] = "fp32",
     encoder: Annotated[str | None, typer.Option(help="Folder of the text encoder, unless it is minilm.")] = None,
     vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder of a model of latents.")] = None,
     num_ranks: Annotated[int, typer.Option(min=1, help="Local processes.")] = 1,
@@ -71,7 +78,9 @@ def generate(
         from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 
         wanted = load_task(task, TaskOptions(prompts, prompts_sha256, images_per_prompt, labels))
-        options = Options(ema, sampler, steps, shift, guidance_scale, batch_size, encoder, vae)
+        options = Options(
+            ema, sampler, steps, shift, guidance_scale, guidance_channels, batch_size, precision, encoder, vae
+        )
         generate_images(wanted, source, out, options, device)
 
     raise typer.Exit(run_on_ranks(num_ranks, job))
@@ -86,6 +95,31 @@ def export_geneval(
     from megadit.eval.export import export_geneval as export
 
     print(f"wrote {export(folder, out)} prompts to {out}")
+
+
+@eval_app.command("geneval-golden")
+def geneval_golden(
+    weights: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the files of weights.")],
+    metric: Annotated[GenEvalName, typer.Option(help="geneval or geneval-hf.")] = "geneval",
+) -> None:
+    """Record what the detector of GenEval finds in the pictures of FOLDER/METRIC-golden, as golden.json beside them.
+
+    Do so once, where the detector is known to be good (its box AP on COCO was measured), with a dozen photographs of
+    common objects. Every `megadit eval score geneval` with this FOLDER then first checks that its detector finds the
+    same, and fails where it does not.
+
+    \b
+    Example:
+      megadit eval geneval-golden --weights weights
+    """
+    from megadit.eval.ranks import run_on_ranks
+
+    def job(device: "torch.device") -> None:
+        from megadit.eval.geneval.score import record_golden
+
+        print(f"wrote {record_golden(weights, metric, device)}")
+
+    raise typer.Exit(run_on_ranks(1, job))
 
 
 @eval_app.command("export-data")

@@ -202,6 +202,7 @@ class Validation(Node):
 TaskName = Literal["geneval", "mjhq", "coco30k", "imagenet50k", "prompts"]
 SamplerName = Literal["ddpm", "dpm++", "euler", "heun"]
 LabelOrder = Literal["balanced", "random"]
+GenerationPrecision = Literal["fp32", "bf16"]
 
 
 class EvaluationMetric(Node):
@@ -225,6 +226,7 @@ class EvaluationTask(Node):
     num_steps: PositiveInt | None = None
     shift: Annotated[float, Field(gt=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    guidance_channels: PositiveInt | None = None
     metrics: tuple[EvaluationMetric, ...] = ()
 
 
@@ -236,6 +238,7 @@ class Evaluation(Node):
     checkpoints: Literal["newest", "all"] = "newest"
     ema: str | None = None  # default: the first average
     batch_size: PositiveInt = 32
+    precision: GenerationPrecision = "fp32"
     encoder: str | None = None
     vae: str | None = None
 

@@ -12,6 +12,7 @@ from megadit import models
 from megadit.data.autoencoder import Autoencoder
 from megadit.data.batch import pad_text
 from megadit.data.text_encoder import TextEncoder
+from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.randomness import Purpose, generator, named_generator
@@ -103,15 +104,21 @@ def default_weights(path: Path) -> str:
     return next(iter(checkpoint.read_header(path).averages), "weight")
 
 
-def load_weights(recipe: Recipe, path: Path, kind: str) -> nn.Module:
-    """The recipe's model with the weights `kind` of the checkpoint `path`, fp32, for inference. Raises ValueError."""
-    model = models.build(recipe.model)
+def load_weights(recipe: Recipe, path: Path, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The recipe's model with the weights `kind` of the checkpoint `path`, for inference. Raises ValueError.
+
+    With weights in bf16 it computes as training in bf16 does, where engines gather weights in bf16 and leave times and
+    fixed tables in fp32. On the CPU there is never more than the checkpoint in fp32.
+    """
+    model = meta_model(recipe.model)
     set_multipliers(model, build_table(recipe))
     try:
         weights = checkpoint.read_tensors(path, kind)
     except checkpoint.DamageError as damage:
         raise ValueError(f"checkpoint {path} is damaged: {damage}") from damage
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    for name in weights:
+        weights[name] = weights[name].to(dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected and not set(missing) & dict(model.named_parameters()).keys()  # tables are not in checkpoints
     return model.eval().requires_grad_(False)
 
@@ -122,13 +129,20 @@ def encode_prompts(run: Path, recipe: Recipe, prompts: Sequence[str], encoder: s
 
 
 def load_conditioner(
-    run: Path, recipe: Recipe, encoder: str | None = None
+    run: Path,
+    recipe: Recipe,
+    encoder: str | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-    """What makes the conditions of a run's model, by name, of B prompts; see `sample`."""
+    """What makes the conditions of a run's model, by name, of B prompts; see `sample`.
+
+    The text encoder runs on `device` with weights in `dtype`; features are in fp32 in any case.
+    """
     if recipe.model.family == "dit":
         classes = run_folder.load_manifest(run).labels
         return lambda prompts: {"labels": class_numbers(prompts, classes)}
-    names, text_encoder = models.CONDITIONS[recipe.model.family], load_encoder(run, recipe, encoder)
+    names, text_encoder = models.CONDITIONS[recipe.model.family], load_encoder(run, recipe, encoder, device, dtype)
 
     def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, lengths, pooled = pad_text(text_encoder.encode(list(prompts)))
@@ -162,13 +176,19 @@ def load_decoder(vae: str, recipe: Recipe, device: torch.device | None = None) -
     return decoder
 
 
-def load_encoder(run: Path, recipe: Recipe, name_or_path: str | None = None) -> TextEncoder:
+def load_encoder(
+    run: Path,
+    recipe: Recipe,
+    name_or_path: str | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
     """The text encoder whose features the run was trained on; ValueError if what is there is another."""
     facts = run_folder.load_manifest(run).text
     if facts is None:
         assert recipe.encoders is not None and recipe.encoders.text is not None, "models with text are trained on text"
-        return TextEncoder.load(name_or_path or recipe.encoders.text, recipe.encoders.max_tokens)
-    encoder = TextEncoder.load(name_or_path or facts.encoder, facts.max_tokens)
+        return TextEncoder.load(name_or_path or recipe.encoders.text, recipe.encoders.max_tokens, device, dtype)
+    encoder = TextEncoder.load(name_or_path or facts.encoder, facts.max_tokens, device, dtype)
     if encoder.weights_sha256 != facts.weights_sha256:
         raise ValueError(
             f"text encoder {name_or_path or facts.encoder} has other weights than {facts.encoder}, "

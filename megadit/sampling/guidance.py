@@ -11,9 +11,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], timestep [], in
 def guide(model: nn.Module, conditions: Mapping[str, Tensor], guidance_scale: float, num_channels: int) -> Predict:
     """The model's prediction under B conditions, pushed away from the one with the conditions dropped.
 
-    Guided are the first `num_channels` channels, the input's: all of them, as in PixArt-alpha and in diffusers. (DiT's
-    published sampling guides three of four latent channels.) A learned variance, in the channels after them, is that
-    of the conditional model.
+    Guided are the first `num_channels` channels; what comes after them is that of the conditional model. They are all
+    channels of the input in PixArt-alpha and in diffusers, where only a learned variance comes after them, and three
+    of four in DiT's published sampling (its forward_with_cfg: "for exact reproducibility reasons").
 
     Args:
         guidance_scale: 1 is the conditional model alone, 0 the unconditional one (2207.12598, whose w is scale - 1).

@@ -91,6 +91,36 @@ def test_a_folder_has_every_image_and_says_how_it_was_made(
     assert digests_of(out) == before
 
 
+def test_weights_in_bf16_make_nearly_the_same_images(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
+    """What the sampler keeps is fp32 in both, so they part by the rounding of a prediction only."""
+    pictures = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        generate(task, runs["flow"], out, replace(FAST, num_steps=4, precision=precision), CPU)
+        assert units.read_manifest(out)["dtype"] == precision
+        pictures[precision] = np.stack([np.asarray(Image.open(unit.path)) for unit in units.complete(out)]).astype(int)
+    difference = np.abs(pictures["fp32"] - pictures["bf16"])
+    assert 0 < difference.mean() < 1 and difference.max() <= 8
+    with pytest.raises(ValueError, match="dtype: 'fp32' there, 'bf16' now"):
+        generate(task, runs["flow"], tmp_path / "fp32", replace(FAST, num_steps=4, precision="bf16"), CPU)
+
+
+def test_guided_channels_are_part_of_the_job(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
+    """Of one step of Euler: an unguided channel is that of scale 1, a guided one that of the scale."""
+    one_step, pictures = replace(FAST, num_steps=1), {}
+    for name, options in {
+        "all": one_step,
+        "none": replace(one_step, guidance_scale=1),
+        "first": replace(one_step, guidance_channels=1),
+    }.items():
+        generate(task, runs["flow"], tmp_path / name, options, CPU)
+        pictures[name] = np.stack([np.asarray(Image.open(unit.path)) for unit in units.complete(tmp_path / name)])
+    assert [units.read_manifest(tmp_path / name)["guidance_channels"] for name in ("all", "first")] == [3, 1]
+    assert not np.array_equal(pictures["all"][..., 1:], pictures["none"][..., 1:])
+    assert np.array_equal(pictures["first"][..., 0], pictures["all"][..., 0])
+    assert np.abs(pictures["first"][..., 1:].astype(int) - pictures["none"][..., 1:]).max() <= 1  # another batch size
+
+
 def test_an_image_that_was_lost_comes_back_as_it_was(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     out = tmp_path / "out"
     generate(task, runs["ddpm"], out, FAST, CPU)
@@ -119,12 +149,15 @@ def test_noise_depends_on_task_prompt_and_image_alone(runs: dict[str, Path], tas
     assert not {*digests_of(tmp_path / "other").values()} & {*digests_of(tmp_path / "fewer").values()}
 
 
-@pytest.mark.parametrize("objective", ["ddpm", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("objective", "precision"),
+    [("ddpm", "fp32"), ("ddpm", "bf16"), pytest.param("flow", "fp32", marks=pytest.mark.slow)],
+)
 def test_killed_anywhere_and_gone_on_with_other_ranks(
-    objective: str, run_ranks: Callable, runs: dict[str, Path], task: Task, tmp_path: Path
+    objective: str, precision: str, run_ranks: Callable, runs: dict[str, Path], task: Task, tmp_path: Path
 ) -> None:
     """Killed before syncs and renames of images, lists and the manifest, on one to three ranks: the same files."""
-    options = {"num_steps": 2, "batch_size": BATCH_SIZE}
+    options = {"num_steps": 2, "batch_size": BATCH_SIZE, "precision": precision}
     arguments = {"run": runs[objective], "prompts": tmp_path / "classes.txt", "images_per_prompt": 10}
     arguments["options"] = options
     (whole,) = run_ranks("eval_generate.py", 1, out=tmp_path / "whole", attempts=[(1, None, 0)], **arguments)
@@ -147,6 +180,7 @@ def test_killed_anywhere_and_gone_on_with_other_ranks(
         (Options(sampler="plms"), r"no sampler 'plms'"),
         (Options(shift=3.0), "--shift is for samplers of flow"),
         (Options(num_steps=1), r"num_steps 1 must be in \[2, 1000\]"),
+        (Options(guidance_channels=4), "--guidance-channels 4: the model has 3 channels"),
     ],
 )
 def test_options_that_do_not_fit(

@@ -1,5 +1,6 @@
 """The networks against others' implementations on the same weights."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPConfig(
         projection_dim=16,
         text_config={"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                     "vocab_size": 12, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1},
+                     "vocab_size": 10, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1},
         vision_config={"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "image_size": 32, "patch_size": 8},
     )  # fmt: skip
@@ -174,6 +175,24 @@ def test_clip_pictures_are_cropped_and_normalised_as_openai_does(clip_folder: Pa
     assert encoder.prepare(np.zeros((20, 61, 3), np.uint8))[:, 0, 0].tolist() == pytest.approx(
         [-mean / std for mean, std in zip(clip.PIXEL_MEAN, clip.PIXEL_STD, strict=True)]
     )
+
+
+def test_clip_pictures_are_scaled_by_the_shorter_side_and_cropped_to_the_centre() -> None:
+    stripes = np.zeros((16, 48, 3), dtype=np.uint8)
+    stripes[:, 16:32] = 255  # the middle third, black outside
+    seen = clip.prepare(Image.fromarray(stripes), 16)
+    assert seen.shape == (3, 16, 16)
+    white = torch.tensor([(1 - 0.48145466) / 0.26862954, (1 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711])
+    assert torch.allclose(seen, white.view(3, 1, 1).expand(3, 16, 16))
+    tall = clip.prepare(Image.new("RGB", (3, 300)), 16)
+    assert tall.shape == (3, 16, 16)
+
+
+def test_clip_score_without_its_tokenizer_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    """transformers would make an empty one, and every caption the same."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model 10"):
+        clip.ClipAgreement(folder, CPU, clip.times_100)
 
 
 def test_clip_embeddings_are_those_of_the_projection(clip_folder: Path, make_pixels: Callable) -> None:

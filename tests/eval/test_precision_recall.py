@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from megadit.eval.metrics import precision_recall as module
@@ -29,10 +29,17 @@ def clouds(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(num, dim, generator=generator), 1.1 * torch.randn(num - 5, dim, generator=generator) + 0.05
 
 
-@pytest.mark.parametrize("block_rows", [4096, 64])
-def test_equals_torch_fidelity(import_fidelity: Callable, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
-    """In one block and in blocks that do not divide the sets."""
-    monkeypatch.setattr(module, "BLOCK_ROWS", block_rows)
+@pytest.fixture
+def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds and blocks that do not divide the sets of the tests, so that most balls need not be measured."""
+    for name, rows in {"ROUND_ROWS": 7, "GROUP_ROWS": 5, "BLOCK_ROWS": 16}.items():
+        monkeypatch.setattr(module, name, rows)
+
+
+@pytest.mark.parametrize("rounds", ["one", "small_rounds"])
+def test_equals_torch_fidelity(import_fidelity: Callable, request: pytest.FixtureRequest, rounds: str) -> None:
+    if rounds != "one":
+        request.getfixturevalue(rounds)
     ours, theirs = clouds(300, 24, 0)
     prc = import_fidelity("torch_fidelity.metric_prc")
     expected = prc.calculate_precision_recall_full(ours.double(), theirs.double())
@@ -48,13 +55,58 @@ def test_equals_torch_fidelity(import_fidelity: Callable, monkeypatch: pytest.Mo
     offset=st.sampled_from([0.0, 100.0, 3000.0]),
     step=st.sampled_from([1.0, 1e-3]),
 )
-@settings(max_examples=60, deadline=None)
-def test_decides_as_float64_does(seed: int, dim: int, num: int, offset: float, step: float) -> None:
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_decides_as_float64_does(small_rounds: None, seed: int, dim: int, num: int, offset: float, step: float) -> None:
     """On grids, where many distances are equal, with copies; far from zero, where float32 products lose digits."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.randint(0, 3, (2, num, dim), generator=generator).float() * step + offset
     found = precision_recall(points[0], points[1])
     assert (found.precision, found.recall) == plainly(points[0], points[1])
+
+
+@pytest.mark.usefixtures("small_rounds")
+@pytest.mark.parametrize("kind", ["isotropic", "clustered"])
+@pytest.mark.parametrize(("num_theirs", "most"), [(40, 75), (300, 180)])
+def test_not_all_balls_are_measured(kind: str, num_theirs: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And yet the shares are those of all distances, also of a set with copies of half of its pictures."""
+    generator = torch.Generator().manual_seed(7)
+    ours, theirs = torch.randn(300, 64, generator=generator), torch.randn(num_theirs, 64, generator=generator)
+    if kind == "clustered":
+        middles = 3 * torch.randn(20, 64, generator=generator)
+        ours, theirs = (x + middles[torch.randint(20, (len(x),), generator=generator)] for x in (ours, theirs))
+    measured: list[int] = []
+    measure = module._Balls.measure
+
+    def counted(balls: module._Balls, rows: Tensor) -> None:
+        measured.extend(rows.tolist())
+        measure(balls, rows)
+
+    monkeypatch.setattr(module._Balls, "measure", counted)
+    found = precision_recall(ours, theirs)
+    assert (found.precision, found.recall) == plainly(ours, theirs)
+    assert 0 < len(measured) - num_theirs < most
+    copies = torch.cat([ours[:150], ours[:150]])
+    found = precision_recall(copies, theirs)
+    assert (found.precision, found.recall) == plainly(copies, theirs)
+
+
+@pytest.mark.usefixtures("small_rounds")
+@pytest.mark.parametrize("distinct", [1, 3, 60])
+def test_identical_sets_contain_each_other(distinct: int) -> None:
+    """Also of few distinct pictures, whose balls have radius 0, as of a model that has collapsed."""
+    points = torch.randn(distinct, 16, generator=torch.Generator().manual_seed(0)).repeat(60 // distinct, 1)
+    found = precision_recall(points, points.clone())
+    assert (found.precision, found.recall) == (1.0, 1.0)
+    apart = precision_recall(points, points + 100)
+    assert (apart.precision, apart.recall) == (0.0, 0.0)
+
+
+def test_equals_prdc() -> None:
+    prdc = pytest.importorskip("prdc", reason="needs prdc")
+    ours, theirs = clouds(300, 24, 0)
+    expected = prdc.compute_prdc(theirs.double().numpy(), ours.double().numpy(), nearest_k=3)
+    found = precision_recall(ours, theirs)
+    assert (found.precision, found.recall) == pytest.approx((expected["precision"], expected["recall"]))
 
 
 def test_float32_alone_would_decide_otherwise() -> None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from typer.testing import CliRunner
 from megadit.cli import app
 from megadit.eval import scoring
 from megadit.eval.features import FeatureSet, Settings, Store
+from megadit.eval.metrics import registry
 from megadit.eval.metrics.frechet import Moments, frechet
 from megadit.eval.metrics.registry import Compares, Metric, find
+from megadit.eval.networks.inception import POOL, Inception, InceptionEncoder
 from megadit.eval.pictures import Folder, Generated, Npz
+from megadit.eval.resize import RESIZERS
 from megadit.eval.units import image_path
 
 WORKER = Path(__file__).parents[1] / "workers" / "eval_score.py"
@@ -305,6 +309,37 @@ def test_features_are_kept_bit_for_bit(generated: Callable, reference: Path, wei
     with torch.inference_mode():
         expected = encoder(torch.stack([encoder.prepare(pictures.pixels(index)) for index in range(4)]), [])
     assert torch.equal(Store(metric.features, path).load(pictures, slice(None))[:4], expected)
+
+
+@pytest.mark.slow
+def test_fid_by_command_with_a_file_of_the_published_key_names(
+    generated: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network of FID in full, from its file to the JSON. Its weights are random here, so its SHA-256 is another."""
+    torch.manual_seed(0)
+    network = Inception().eval()
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(network.state_dict(), path)
+    ours, theirs = generated(4), generated(4, seed=1)
+    command = ["eval", "score", "fid", str(ours), f"--weights={path.parent}", f"--reference={theirs / 'images'}"]
+    refused = CliRunner().invoke(app, command).exception
+    assert isinstance(refused, ValueError) and "another file, or a damaged one: sha256" in str(refused)
+    digest = small["sha256_of"](path)
+    monkeypatch.setattr(registry, "INCEPTION_WEIGHTS", replace(registry.INCEPTION_WEIGHTS, sha256=digest))
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0, said.output
+    score = json.loads((ours / "scores" / "fid_adm.json").read_text())
+    assert f"fid/adm  {score['value']:.6g}  (8 images)" in said.output
+    assert (score["metric"], score["n"], score["weights"]) == ("fid/adm", 8, {path.name: digest})
+
+    encoder = InceptionEncoder(path, torch.device("cpu"), RESIZERS["adm"])
+    statistics = []
+    for folder in (ours, theirs):
+        images = [encoder.prepare(Folder(folder / "images").pixels(index)) for index in range(8)]
+        with torch.inference_mode():
+            statistics.append(Moments.of(encoder(torch.stack(images), [])[:, POOL]).statistics())
+    assert score["value"] == pytest.approx(frechet(*statistics).value, rel=1e-4) and score["value"] > 0
 
 
 def test_real_weights_of_a_package_tell_pictures_apart(generated: Callable, reference: Path) -> None:

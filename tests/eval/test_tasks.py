@@ -1,5 +1,6 @@
 """Lists of prompts: what is read, what is counted, and what is no list."""
 
+import csv
 import hashlib
 import json
 from collections import Counter
@@ -85,6 +86,18 @@ def test_coco_is_a_list_that_is_pinned(tmp_path: Path) -> None:
         load_task("coco30k", TaskOptions(path))
 
 
+def test_a_list_of_captions_as_csv(tmp_path: Path) -> None:
+    """As the lists of COCO come: quotes, commas and line ends inside of a caption; written by csv itself."""
+    captions = ['A man, "on" a bench', "two\nlines", *(f"caption {number}" for number in range(29_998))]
+    with (tmp_path / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["", "image_id", "text"])  # pandas writes its index under no name
+        rows.writerows([number, 500 + number, caption] for number, caption in enumerate(captions))
+    task = load_task("coco30k", TaskOptions(tmp_path / "captions.csv"))
+    assert [record["prompt"] for record in task.records] == captions
+    assert task.records[1] == {"prompt": "two\nlines", "image_id": "501"}
+
+
 def test_imagenet_labels() -> None:
     balanced, uniform = (load_task("imagenet50k", TaskOptions(labels=labels)) for labels in ("balanced", "random"))
     for task in (balanced, uniform):
@@ -134,7 +147,11 @@ def test_any_caption_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, 
         ("a.jsonl", b'{"prompt": 3}\n', r"a.jsonl line 1: no prompt in it, but 3"),
         ("a.jsonl", b'["one"]\n', r"a.jsonl line 1: not a JSON object with a prompt but list"),
         ("a.jsonl", b"one\n", r"a.jsonl line 1: not JSON"),
-        ("a.csv", b"one\n", r"a.csv: must be a file ending in .txt or .jsonl"),
+        ("a.md", b"one\n", r"a.md: must be a file ending in .txt, .jsonl, .csv"),
+        ("a.csv", b"image_id,alt\n1,a cat\n", r"no column prompt or caption or text in its first line, but .*'alt'"),
+        ("a.csv", b"id,caption\n1,a cat\n2,a cat, asleep\n", r"line 3: more columns than in the first line"),
+        ("a.csv", b"id,caption\n1,a cat\n2\n", r"line 3: no prompt"),
+        ("a.csv", b'id,caption\n1,"a cat\n', r"not CSV: unexpected end of data"),
     ],
 )
 def test_lists_that_cannot_be(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from megadit.data.manifest import Manifest
 from megadit.randomness import Purpose, generator, named_generator
 from megadit.recipe import Recipe, parse
-from megadit.sampling.generate import class_numbers, encode_prompts, generate, sample
+from megadit.sampling.generate import class_numbers, encode_prompts, generate, load_conditioner, load_encoder, sample
 from megadit.sampling.grid import CELL, MARGIN, draw_grid
+from megadit.sampling.guidance import guide
 from megadit.training.trainer import EXIT_DONE, train
 
 SHAPE = (3, 4, 4)
@@ -127,6 +128,28 @@ def test_ddpm_follows_its_posteriors_with_guidance(scale: float, num_steps: int,
     torch.testing.assert_close(sampled.double(), x, atol=2e-4, rtol=2e-4)
 
 
+def test_three_guided_channels_are_dits_own_guidance() -> None:
+    """forward_with_cfg of facebookresearch/DiT, models.py: the first three of four channels, and a learned variance."""
+    x_BCHW = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    timestep, scale = torch.tensor(400.0), 4.0
+
+    def forward_with_cfg(x: Tensor) -> Tensor:
+        combined = torch.cat([x[: len(x) // 2], x[: len(x) // 2]])
+        dropped = torch.tensor([False, False, True, True])
+        model_out = NETWORKS["ddpm"](combined, timestep.expand(4), labels=LABELS["labels"].repeat(2), dropped_B=dropped)
+        eps, rest = model_out[:, :3], model_out[:, 3:]
+        cond_eps, uncond_eps = torch.split(eps, len(eps) // 2, dim=0)
+        half_eps = uncond_eps + scale * (cond_eps - uncond_eps)
+        return torch.cat([torch.cat([half_eps, half_eps]), rest], dim=1)
+
+    expected = forward_with_cfg(x_BCHW.repeat(2, 1, 1, 1))[:2]  # its samplers keep the first half, the conditional one
+    found = guide(NETWORKS["ddpm"], LABELS, scale, 3)(x_BCHW, timestep)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    every = guide(NETWORKS["ddpm"], LABELS, scale, 4)(x_BCHW, timestep)
+    assert (every[:, 3] - expected[:, 3]).abs().min() > 0.1
+    torch.testing.assert_close(every[:, :3], expected[:, :3], atol=1e-5, rtol=0)
+
+
 MEAN, STD = 0.3, 0.25
 
 
@@ -233,6 +256,19 @@ def test_each_family_gets_its_conditions(
     assert conditions.keys() == names
     assert conditions["text_lengths"].diff() > 0
     assert conditions["text"].shape == (2, int(conditions["text_lengths"].max()), 384)
+
+
+def test_the_text_encoder_runs_where_and_as_it_is_told(packed: Path, tmp_path: Path) -> None:
+    """Features in fp32 from weights in bf16, near those of weights in fp32; the device is another in name only here."""
+    (tmp_path / "data.json").write_bytes((packed / "train" / "manifest.json").read_bytes())
+    wanted, prompts = recipe("flow", MODELS["flow"]), ["cat", "a small dog"]
+    exact = load_conditioner(tmp_path, wanted)(prompts)
+    rounded = load_conditioner(tmp_path, wanted, device=torch.device("cpu"), dtype=torch.bfloat16)(prompts)
+    assert rounded["text"].dtype == rounded["pooled"].dtype == torch.float32
+    torch.testing.assert_close(rounded["pooled"], exact["pooled"], atol=0.01, rtol=0)
+    assert not rounded["pooled"].equal(exact["pooled"])
+    elsewhere = load_encoder(tmp_path, wanted, device=torch.device("meta"))
+    assert elsewhere.module.device.type == "meta"
 
 
 def test_grid_shows_the_pictures(tmp_path: Path) -> None:

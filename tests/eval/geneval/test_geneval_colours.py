@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
-from megadit.eval.geneval.colours import ColourClassifier, cut_out, prepare, templates
+from megadit.eval.geneval.colours import ColourClassifier, cut_out, templates
 from megadit.eval.geneval.rules import COLOURS, Detection
+from megadit.eval.networks.clip import prepare
 
 CPU = torch.device("cpu")
 GREY = (0x99, 0x99, 0x99)
@@ -42,17 +43,6 @@ def test_without_a_mask_the_whole_box_is_kept() -> None:
     image = patches(0)
     cut = np.asarray(cut_out(image, Detection((5, 10, 25, 30), 1)))
     assert np.array_equal(cut, np.asarray(image)[10:30, 5:25])
-
-
-def test_pictures_are_scaled_by_the_shorter_side_and_cropped_to_the_centre() -> None:
-    stripes = np.zeros((16, 48, 3), dtype=np.uint8)
-    stripes[:, 16:32] = 255  # the middle third, black outside
-    seen = prepare(Image.fromarray(stripes), 16)
-    assert seen.shape == (3, 16, 16)
-    white = torch.tensor([(1 - 0.48145466) / 0.26862954, (1 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711])
-    assert torch.allclose(seen, white.view(3, 1, 1).expand(3, 16, 16))
-    tall = prepare(Image.new("RGB", (3, 300)), 16)
-    assert tall.shape == (3, 16, 16)
 
 
 def test_colours_equal_the_definition_one_caption_and_one_cut_at_a_time(clip_folder: Path) -> None:

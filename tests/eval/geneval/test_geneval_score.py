@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from megadit.cli import app
 from megadit.eval.geneval import detector
-from megadit.eval.geneval.detector import Detector
 from megadit.eval.geneval.rows import Rows
-from megadit.eval.geneval.score import GOLDEN_FOLDER, PROMPTS_BY_TAG, PROTOCOLS, Protocol, score_geneval
-from megadit.eval.geneval.selftest import record
+from megadit.eval.geneval.score import (
+    PROMPTS_BY_TAG,
+    PROTOCOLS,
+    Protocol,
+    golden_folder,
+    record_golden,
+    score_geneval,
+)
 from megadit.eval.geneval.summary import summarise
 from megadit.eval.pictures import Generated, fingerprint
 from megadit.eval.units import complete
@@ -67,10 +74,10 @@ def weights(mmdet_file: Path, clip_folder: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("weights")
     shutil.copy(mmdet_file, folder)
     shutil.copytree(clip_folder, folder / "clip")
-    golden = folder / GOLDEN_FOLDER
+    golden = golden_folder(folder, METRIC)
     golden.mkdir()
     picture(99).save(golden / "patches.png")
-    record(Detector.load(mmdet_file, CPU), golden)
+    record_golden(folder, METRIC, CPU, PROTOCOL)
     return folder
 
 
@@ -286,13 +293,36 @@ def test_half_a_line_does_not_spoil_the_next_one(generated: Path, tmp_path: Path
 
 def test_other_weights_judge_anew(unscored: Path, weights: Path, tmp_path: Path) -> None:
     first = score_geneval(unscored, weights, METRIC, CPU, PROTOCOL)
-    others = shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns(GOLDEN_FOLDER))
+    others = shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("*-golden"))
     checkpoint = torch.load(others / "mask2former.pth")
     checkpoint["state_dict"]["panoptic_head.cls_embed.bias"][16] -= 9  # sees no dogs
     torch.save(checkpoint, others / "mask2former.pth")
     second = score_geneval(unscored, others, METRIC, CPU, PROTOCOL)
     assert second["groups"]["single_object"] == 0 < first["groups"]["single_object"]
     assert second["settings"]["self_test"]["golden_images"] == 0
+
+
+def test_golden_images_are_recorded_by_a_command_and_checked_by_every_score(
+    unscored: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded with the right detector, they stop a score with one that finds nothing."""
+    monkeypatch.setitem(PROTOCOLS, "geneval", PROTOCOL)
+    site = shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("*-golden"))
+    command = ["eval", "geneval-golden", "--weights", str(site)]
+    assert isinstance(CliRunner().invoke(app, command).exception, ValueError)  # no folder of pictures
+    golden = golden_folder(site, "geneval")
+    golden.mkdir()
+    picture(99).save(golden / "patches.png")
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0 and f"wrote {golden / 'golden.json'}" in said.output
+    assert (golden / "golden.json").read_bytes() == (golden_folder(weights, METRIC) / "golden.json").read_bytes()
+    score = ["eval", "score", "geneval", str(unscored), "--weights", str(site)]
+    assert CliRunner().invoke(app, score).exit_code == 0
+    checkpoint = torch.load(site / "mask2former.pth")
+    checkpoint["state_dict"]["panoptic_head.cls_embed.bias"][-1] += 9  # "no object"
+    torch.save(checkpoint, site / "mask2former.pth")
+    broken = CliRunner().invoke(app, score).exception
+    assert isinstance(broken, ValueError) and "the detector is broken: on the golden images" in str(broken)
 
 
 @pytest.mark.parametrize(
