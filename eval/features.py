@@ -9,7 +9,6 @@ What is there, whole, and belongs to the picture as it is now is not computed ag
 import io
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from megadit import checksums
 from megadit.eval.resize import Pixels
 from megadit.eval.weights import Located, Weights
 from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
@@ -187,7 +187,7 @@ class Store:
             for place, record in enumerate(records)
             if 0 <= (index := int(record["picture"])) < len(pictures.digests)
             and record["digest"] == pictures.digests[index].encode()
-            and record["crc32"] == zlib.crc32(record["features"].tobytes())
+            and record["crc32"] == checksums.crc32(record["features"].tobytes())
         ]
 
 
@@ -207,7 +207,7 @@ class _Writer:
     def _append(self, indices: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
         records = np.empty(len(indices), dtype=self._record)
         records["picture"], records["digest"], records["features"] = indices, digests, values
-        records["crc32"] = [zlib.crc32(row.tobytes()) for row in records["features"]]
+        records["crc32"] = [checksums.crc32(row.tobytes()) for row in records["features"]]
         self._file.write(records.tobytes())
         os.fsync(self._file.fileno())
 

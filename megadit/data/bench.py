@@ -1,23 +1,24 @@
 """The speed of the data plane beside what else there is, on this machine, in one run, from the same files.
 
-    python -m megadit.data.bench [--samples 144] [--rounds 3] [--minutes 0]
+    python -m megadit.data.bench [--samples 144] [--rounds 3] [--minutes 0] [--workers 0]
 
 A SeaweedFS server is started, with SA-1B-shaped shards and shards of latents. Pieces of work that are compared
 alternate; a ratio is the median over the rounds. "per core" counts the processor time of this process, its threads
-included. With --minutes, pictures are streamed for that long and the memory of the process is watched.
+included; the server has the same cores. With --minutes, pictures are streamed for that long, by so many worker
+processes, and the memory of all of them is watched. A row without an aim is there to be known.
 """
 
 import argparse
 import io
-import multiprocessing
+import json
 import os
 import statistics
 import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,31 +26,34 @@ from typing import Any
 
 import boto3
 import numpy as np
-import psutil
 import webdataset
+from botocore.config import Config
 from PIL import Image
 from webdataset.gopen import gopen_schemes
 
 from megadit import timing
 from megadit.data import sa1b_like
+from megadit.data.bench_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
+from megadit.data.captions import CaptionTable, join
 from megadit.data.decode import decode_picture
 from megadit.data.fetch import FETCH_THREADS, Supply, largest_chunks
 from megadit.data.index import PLACE, Index
 from megadit.data.indexing.dataset import index
 from megadit.data.local_s3 import LocalS3
-from megadit.data.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, ImageFacts, LatentFacts, Manifest, Shard
+from megadit.data.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, Shard
 from megadit.data.reader import Reader
 from megadit.data.schedule import Schedule
 from megadit.data.storage import open_store
 from megadit.data.stream import Stream
 from megadit.recipe import Data
 
-BUCKET, SAMPLES_PER_TAR, SHORT_SIDE, PIXELS = "bench", 48, 1500, 256
-PASSES = 10  # over the data, in one piece of work
-CHUNKS_AHEAD = 4
+BUCKET, SAMPLES_PER_TAR, SHORT_SIDE = "bench", 48, 1500
+PICTURE_PASSES, LATENT_PASSES, INDEX_PASSES = 20, 10, 4  # over the data, in one piece of work
+CHUNKS_AHEAD = FETCH_THREADS
 MEMORY_MB = 400
 LATENT_SHARDS, LATENTS_PER_SHARD, LATENT_SHAPE = 4, 4096, (4, 32, 32)
-SA1B_SAMPLES, SA1B_RANKS = 11_000_000, 1024
+ORDER_MB = 1000
+NUM_CAPTIONS, CAPTION_TARS, CAPTION_BYTES = 32_000, 64, 660
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,13 @@ class Row:
     ours: str
     baseline: str
     ratio: float
-    aim: float
+    aim: float | None = None
 
     def cells(self) -> tuple[str, ...]:
-        verdict = "reached" if self.ratio >= self.aim else "missed"
-        return self.what, self.ours, self.baseline, f"{self.ratio:.2f}", f"{self.aim:g}", verdict
+        aim, verdict = "", ""
+        if self.aim is not None:
+            aim, verdict = f"{self.aim:g}", "reached" if self.ratio >= self.aim else "missed"
+        return self.what, self.ours, self.baseline, f"{self.ratio:.2f}", aim, verdict
 
 
 def alternate(
@@ -90,18 +96,17 @@ def raw_rows(url: str, index_url: str, rounds: int) -> list[Row]:
     """Samples a second that arrive, beside GETs of whole shards and webdataset."""
     manifest = Manifest.load(index_url)
     data = Data(url=index_url, num_streams=1, chunk_samples=16, chunks_per_group=2, resolution=PIXELS)
-    ours, names = _supply_work(data, PASSES), [shard.name for shard in manifest.shards] * PASSES
-    store = open_store(url)
+    ours = _supply_work(data, PICTURE_PASSES)
+    urls = [f"{url}/{shard.name}" for shard in manifest.shards] * PICTURE_PASSES
+    num_samples, num_bytes = PICTURE_PASSES * manifest.num_samples, PICTURE_PASSES * _tar_bytes(manifest)
 
     def whole_shards() -> int:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            assert sum(map(len, pool.map(store.get, names))) == PASSES * sum(item.num_bytes for item in manifest.shards)
-        return PASSES * manifest.num_samples
+        assert get_all(urls) == num_bytes
+        return num_samples
 
     def webdataset_samples() -> int:
-        urls = [f"{url}/{name}" for name in names]
         found = sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
-        assert found == PASSES * manifest.num_samples
+        assert found == num_samples
         return found
 
     rows = []
@@ -130,10 +135,78 @@ def _supply_work(data: Data, passes: int) -> Callable[[], int]:
     return work
 
 
+def _tar_bytes(manifest: Manifest) -> int:
+    return sum(shard.num_bytes for shard in manifest.shards)
+
+
+def get_all(urls: Sequence[str]) -> int:
+    """GETs of whole objects by boto3 alone, as many at a time as ours has of ranges; nothing is checked. Bytes."""
+    client = boto3.client("s3", config=Config(max_pool_connections=FETCH_THREADS))
+
+    def get(url: str) -> int:
+        return len(_body(client, url).read())
+
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
+        return sum(pool.map(get, urls))
+
+
 def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **options: Any) -> Any:
     """What webdataset opens a shard with: the body of one GET by boto3."""
+    return _body(boto3.client("s3"), url)
+
+
+def _body(client: Any, url: str) -> Any:
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"]
+    return client.get_object(Bucket=bucket, Key=key)["Body"]
+
+
+# Tars and captions that are indexed
+
+
+def index_rows(url: str, folder: Path, rounds: int) -> list[Row]:
+    """MB a second of tars that are indexed where they lie, beside GETs of the same tars, by the clock and per core."""
+    numbers, rows = count(), []
+    store = open_store(url)
+    tars = {f"{url}/{name}": store.size(name) or 0 for name in store.list() if name.endswith(".tar")}
+
+    def ours() -> int:
+        for _ in range(INDEX_PASSES):
+            index(url, str(folder / str(next(numbers))), workers=FETCH_THREADS)  # elsewhere, or it has nothing to do
+        return INDEX_PASSES * sum(tars.values())
+
+    def theirs() -> int:
+        return get_all([*tars] * INDEX_PASSES)
+
+    for what, clock in (("s", time.perf_counter), ("s per core", time.process_time)):
+        one, other, ratio = alternate(ours, theirs, clock, rounds)
+        rows.append(
+            Row(f"MB/{what} of tars indexed, whole shards by GET", f"{one / 1e6:.0f}", f"{other / 1e6:.0f}", ratio)
+        )
+    return rows
+
+
+def caption_row(folder: Path, rounds: int) -> Row:
+    """Lines a second of captions in any order that are joined by key, beside reading the lines as JSON."""
+    names = [f"sa_{number}" for number in range(NUM_CAPTIONS)]
+    keys = np.array(names, dtype=np.bytes_)
+    order, counts = np.argsort(keys), np.full(CAPTION_TARS, NUM_CAPTIONS // CAPTION_TARS)
+    store, table = open_store(str(folder)), folder / "captions.jsonl"
+    shuffled = np.random.default_rng(0).permutation(names).tolist()
+    lines = [json.dumps({"key": name, "caption": name.ljust(CAPTION_BYTES, ".")}) + "\n" for name in shuffled]
+    store.put(table.name, "".join(lines).encode())
+
+    def ours() -> int:
+        files = [f"{number}.txt" for number in range(CAPTION_TARS)]
+        joined = join(CaptionTable(str(table)), keys, order, counts, files, store)
+        assert joined.found.all()
+        return NUM_CAPTIONS
+
+    def theirs() -> int:
+        with table.open("rb") as file:
+            return sum(1 for line in file if json.loads(line)["caption"])
+
+    one, other, ratio = alternate(ours, theirs, time.process_time, rounds)
+    return Row("captions joined per core, lines read as JSON", f"{one:.0f}/s", f"{other:.0f}/s", ratio)
 
 
 # Decoding
@@ -205,11 +278,11 @@ def write_latents(folder: Path) -> None:
 
 def latent_row(folder: Path, rounds: int) -> Row:
     """Latents in the order of training, beside webdataset's in the order of the files; neither is decoded."""
-    ours = _supply_work(Data(url=str(folder), num_streams=1, chunk_samples=1024, chunks_per_group=2), PASSES)
+    ours = _supply_work(Data(url=str(folder), num_streams=1, chunk_samples=1024, chunks_per_group=2), LATENT_PASSES)
     paths = [str(path) for path in sorted(folder.glob("*.tar"))]
 
     def theirs() -> int:
-        return sum(1 for _ in webdataset.WebDataset(paths * PASSES, shardshuffle=False))
+        return sum(1 for _ in webdataset.WebDataset(paths * LATENT_PASSES, shardshuffle=False))
 
     one, other, ratio = alternate(ours, theirs, time.process_time, rounds)
     return Row("8 KB latents per core, webdataset", f"{one:.0f}/s", f"{other:.0f}/s", ratio, 3.0)
@@ -231,34 +304,9 @@ def resume_row(index_url: str) -> Row:
 
 def order_rows() -> list[Row]:
     """The order of 11 million samples of eight resolutions, for one of 1024 ranks and for all of them."""
-    each = SA1B_SAMPLES // 8
-    shards = tuple(
-        Shard(name=str(number), num_samples=each, num_bytes=0, bucket=f"{256 + 16 * number}x256") for number in range(8)
-    )
-    manifest = Manifest(
-        version=FORMAT_VERSION,
-        name="order",
-        inputs="",
-        num_samples=8 * each,
-        members=("png",),
-        image=ImageFacts(),
-        shards=shards,
-        index={},
-    )
-    data = Data(url="", num_streams=SA1B_RANKS, chunk_samples=16, chunks_per_group=4)
-    schedule = Schedule(manifest, Index(np.zeros(0), {}), data, 0, 4 * SA1B_RANKS)
-
-    def of_one_rank(step: int) -> None:
-        which, number = schedule.locate(step)
-        schedule.buckets[which].order.stream_samples(77, number * schedule.share, schedule.share)
-
+    one_rank, all_ranks, peak_bytes = run_elsewhere(simulate_order)
     rows = []
-    for what, work in (("one rank's", of_one_rank), ("the global", schedule.step)):
-        milliseconds = []
-        for step in range(0, 20 * 12_345, 12_345):  # each in another epoch: nothing is kept from the one before
-            start = time.perf_counter()
-            work(step)
-            milliseconds.append(1000 * (time.perf_counter() - start))
+    for what, milliseconds in (("one rank's", one_rank), ("the global", all_ranks)):
         rows.append(
             Row(
                 f"ms for {what} order of any step, median (largest {max(milliseconds):.0f}, cold ones included)",
@@ -268,30 +316,21 @@ def order_rows() -> list[Row]:
                 1.0,
             )
         )
-    return rows
-
-
-def memory_row(index_url: str, minutes: float) -> Row:
-    """What a new process grows by while it streams, beside data.memory_mb."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        most = pool.submit(growth_bytes, index_url, 60 * minutes, MEMORY_MB).result()
-    ratio = MEMORY_MB * 1e6 / most
-    return Row(f"MB in {minutes:g} minutes, data.memory_mb", f"{most / 1e6:.0f}", f"{MEMORY_MB}", ratio, 1 / 1.2)
-
-
-def growth_bytes(index_url: str, seconds: float, memory_mb: int) -> int:
-    """The most that the resident memory of this process grows by while pictures are streamed for so long."""
-    data = Data(
-        url=index_url, num_streams=2, chunk_samples=8, chunks_per_group=8, resolution=PIXELS, memory_mb=memory_mb
+    peak = Row(
+        "MB of a process that does so, its peak",
+        f"{peak_bytes / 1e6:.0f}",
+        f"{ORDER_MB}",
+        ORDER_MB * 1e6 / peak_bytes,
+        1.0,
     )
-    process, most = psutil.Process(), 0
-    batches = Stream(data, 0, 16, 0, 1).iterate(0)
-    before, end = process.memory_info().rss, time.monotonic() + seconds
-    while time.monotonic() < end:
-        next(batches)
-        most = max(most, process.memory_info().rss - before)
-    batches.close()
-    return most
+    return [*rows, peak]
+
+
+def memory_row(index_url: str, minutes: float, workers: int) -> Row:
+    """What a new process and its workers grow by while they stream, beside data.memory_mb."""
+    most = run_elsewhere(growth_bytes, index_url, 60 * minutes, MEMORY_MB, workers)
+    what = f"MB in {minutes:g} minutes, {workers} workers, data.memory_mb"
+    return Row(what, f"{most / 1e6:.0f}", f"{MEMORY_MB}", MEMORY_MB * 1e6 / most, 1 / 1.2)
 
 
 def format_table(rows: list[Row]) -> str:
@@ -301,7 +340,7 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
 
 
-def measure(folder: Path, samples: int, rounds: int, minutes: float) -> Iterator[Row]:
+def measure(folder: Path, samples: int, rounds: int, minutes: float, workers: int) -> Iterator[Row]:
     """All rows; files are written below `folder`."""
     with LocalS3(folder / "s3") as server:
         os.environ |= server.environment
@@ -311,13 +350,15 @@ def measure(folder: Path, samples: int, rounds: int, minutes: float) -> Iterator
         index(url, index_url)
         gopen_schemes["s3"] = open_s3
         yield from raw_rows(url, index_url, rounds)
+        yield from index_rows(url, folder / "indexes", rounds)
+        yield caption_row(folder / "captions", rounds)
         yield decode_row(index_url, rounds)
         write_latents(folder / "latents")
         yield latent_row(folder / "latents", rounds)
         yield resume_row(index_url)
         yield from order_rows()
         if minutes:
-            yield memory_row(index_url, minutes)
+            yield memory_row(index_url, minutes, workers)
 
 
 def main() -> None:
@@ -326,10 +367,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=144, help="pictures of 1500 pixels, 0.8 MB each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=0, help="how long memory is watched")
+    parser.add_argument("--workers", type=int, default=0, help="processes that stream meanwhile, at most 2")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="megadit-bench-") as folder:
-        rows = list(measure(Path(folder), arguments.samples, arguments.rounds, arguments.minutes))
-    print(f"{timing.machine()}, {os.cpu_count()} cores, one process\n{format_table(rows)}")
+        rows = list(measure(Path(folder), arguments.samples, arguments.rounds, arguments.minutes, arguments.workers))
+    print(f"{timing.machine()}, {os.cpu_count()} cores of which {load:.1f} were busy before\n{format_table(rows)}")
 
 
 if __name__ == "__main__":

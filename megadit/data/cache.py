@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -42,7 +41,7 @@ class ChunkCache:
             raise self._explained(error) from error
         return data if len(data) == end - start else None
 
-    def put(self, shard: str, start: int, data: bytes | mmap.mmap) -> None:
+    def put(self, shard: str, start: int, data: bytes | memoryview) -> None:
         """Keep bytes of the shard from `start` on, in place of an older copy. Raises StorageError."""
         path = self._path(shard, start, start + len(data))
         try:

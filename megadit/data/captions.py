@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from megadit import checksums
 from megadit.data.index import PLACE
 from megadit.data.indexing.tars import TarError, read_members, split_name
 from megadit.data.progress import Advance, Bars, no_bars
@@ -210,7 +211,7 @@ def _write_captions(texts: dict[int, bytes], samples: np.ndarray, places: np.nda
     sizes = np.array([len(caption) for caption in captions], dtype=np.int64)
     places["offset"][chosen] = np.cumsum(sizes) - sizes
     places["size"][chosen] = sizes
-    places["crc32"][chosen] = [zlib.crc32(caption) for caption in captions]
+    places["crc32"][chosen] = [checksums.crc32(caption) for caption in captions]
     if captions:
         store.put(file, b"".join(captions))
 

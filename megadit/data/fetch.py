@@ -19,6 +19,7 @@ from megadit.data.schedule import Bucket, Schedule
 
 FETCH_THREADS = 8  # Range GETs in flight in one process
 LEAST_AHEAD = FETCH_THREADS  # chunks read ahead, however small the groups are
+SPARE_SHARE = 8  # of the limit: memory that waits for the next chunk may exceed it by a part in so many
 BLOCK_SAMPLES = 1 << 20  # of the index, looked at together
 
 
@@ -41,6 +42,7 @@ class _Pending:
     num_bytes: int
     unread: int
     future: Future[Chunk] | None = None
+    chunk: Chunk | None = None
 
 
 @dataclass
@@ -56,8 +58,8 @@ class _Group:
 class Supply:
     """The undecoded samples of some streams, step after step, from `first_step` on.
 
-    Never holds more than `limit_bytes` of what was read, what is on its way included (`held_bytes`). Close it to stop
-    its threads. `step` raises StorageError when a chunk cannot be read.
+    Never holds more than `limit_bytes` of what was read, what is on its way included (`held_bytes`). One at a time may
+    have the reader. Close it to stop its threads. `step` raises StorageError when a chunk cannot be read.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Supply:
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="megadit-fetch")
 
     def close(self) -> None:
-        """Stop the threads; requests that are under way end by themselves."""
+        """Stop the threads and let go of what was read; requests that are under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.pages.room_bytes = 0
+        self._groups.clear()
 
     def step(self) -> Iterator[Item]:
         """The samples of the next global step, those of each stream in turn."""
@@ -103,24 +107,30 @@ class Supply:
         for place in places:
             row, place_in_chunk = divmod(group.places[place], bucket.order.chunk_samples)
             pending = group.chunks[row]
-            if pending.future is None:
-                self._read_ahead()
-            assert pending.future is not None, "the groups of all streams fit into the limit"
-            chunk = pending.future.result()
+            chunk = pending.chunk or self._arrived(pending)
             pending.unread -= 1
             if not pending.unread:
-                pending.future = None
+                pending.chunk = None
                 self.held_bytes -= pending.num_bytes
                 self._read_ahead()
             yield Item(bucket, group.epoch, chunk.samples[place_in_chunk], chunk, place_in_chunk)
         if places.stop == bucket.order.group_samples:
             del self._groups[which, stream, number]
 
+    def _arrived(self, pending: _Pending) -> Chunk:
+        if pending.future is None:
+            self._read_ahead()
+        assert pending.future is not None, "the groups of all streams fit into the limit"
+        # Kept: a future is asked under a lock, which would cost each sample more than the rest of its way.
+        pending.chunk, pending.future = pending.future.result(), None
+        return pending.chunk
+
     def _read_ahead(self) -> None:
         while self._num_ahead <= self._most_ahead and self.held_bytes + self._next.num_bytes <= self._limit:
             pending, self._next = self._next, next(self._plan)
             self.held_bytes += pending.num_bytes
             pending.future = self._pool.submit(self._reader.read_chunk, pending.samples, pending.ranges)
+        self._reader.pages.room_bytes = max(self._limit - self.held_bytes, self._limit // SPARE_SHARE)
 
     def _needed(self, first_step: int) -> Iterator[_Pending]:
         """All chunks in the order of need: that of `step`."""

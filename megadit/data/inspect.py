@@ -1,13 +1,13 @@
 """What is in a data set, and whether all of it is what the manifest says."""
 
 import hashlib
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from megadit import checksums
 from megadit.data.manifest import TEXT, Manifest
 from megadit.data.members import Members, ShardFile
 from megadit.data.progress import Bars, Tally, no_bars
@@ -150,7 +150,7 @@ def _check_file(members: Members, file: ShardFile, share: float) -> list[str]:
             offset, size, expected = members.index.places[kind][sample].item()
             crc32 = 0
             for block in reader.blocks(offset, offset + size):
-                crc32 = zlib.crc32(block, crc32)
+                crc32 = checksums.crc32(block, crc32)
             if crc32 != expected:
                 wrong.append(f"{members.index.keys[sample].decode()}.{kind}")
         if stated:

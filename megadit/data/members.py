@@ -1,13 +1,13 @@
 """The members of a data set as they are stored, without decoding or order: for looking at it."""
 
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megadit import checksums
 from megadit.data.manifest import CAPTION, METADATA, Manifest, Shard
 from megadit.data.storage import StorageError, Store, open_store
 
@@ -53,7 +53,7 @@ class Members:
         file = next(file for file in self.files if kind in file.kinds and file.first <= sample < file.last)
         offset, size, crc32 = self.index.places[kind][sample].item()
         data = file.store.get(file.name, offset, offset + size, file.etag)
-        if zlib.crc32(data) != crc32:
+        if checksums.crc32(data) != crc32:
             key = self.index.keys[sample].decode()
             raise StorageError(f"{file.store.url(file.name)}: member {key}.{kind}: CRC-32 differs")
         return data

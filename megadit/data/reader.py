@@ -4,27 +4,24 @@ One GET has the members of neighbours. It reads over what nobody asked for (SA-1
 that is at most GAP_BYTES, because a request costs more than so many bytes, and leaves out what is larger.
 """
 
-import io
 import logging
-import mmap
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from megadit import checksums
 from megadit.data.cache import ChunkCache
 from megadit.data.decode import Decoder
 from megadit.data.manifest import CAPTION, Manifest
+from megadit.data.pages import Pages
 from megadit.data.storage import ChangedError, Client, StorageError, Store, open_store
 
 log = logging.getLogger(__name__)
 
 GAP_BYTES = 256 << 10
-# From here on memory comes from the system and goes back to it. What glibc frees it keeps, in an arena for each thread:
-# half as much again as the stream holds.
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20  # from here on memory is that of `Pages`
 
 
 class CorruptShardError(StorageError):
@@ -79,6 +76,7 @@ class Reader:
         self.decoder = Decoder(self.manifest)
         self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
         self._cache = cache
+        self.pages = Pages()
 
     def close(self) -> None:
         """Give up on what other threads are reading, where the server does not answer."""
@@ -201,14 +199,16 @@ class Reader:
             self._cache.put(part.identity, part.start, data)
         return pieces
 
-    def _get(self, part: Range) -> bytes | mmap.mmap:
+    def _get(self, part: Range) -> bytes | memoryview:
         size = part.end - part.start
-        target = mmap.mmap(-1, size) if size >= LARGE_BYTES else io.BytesIO()
         try:
+            if size < LARGE_BYTES:
+                return part.store.get(part.name, part.start, part.end, part.etag)
+            target, data = self.pages.take(size)
             part.store.copy(part.name, part.start, part.end, target, part.etag)
+            return data
         except ChangedError as error:
             raise StorageError(f"the index is older than the tar: {error}; index it again") from error
-        return target.getvalue() if isinstance(target, io.BytesIO) else target
 
     def _shard(self, sample: int) -> str:
         return self.manifest.shards[int(np.searchsorted(self._ends, sample, side="right"))].name
@@ -219,11 +219,11 @@ def _read_over(gaps: np.ndarray) -> np.ndarray:
     return np.where((gaps > 0) & (gaps <= GAP_BYTES), gaps, 0)
 
 
-def _sound_pieces(part: Range, data: bytes | mmap.mmap) -> list[memoryview | None]:
+def _sound_pieces(part: Range, data: bytes | memoryview) -> list[memoryview | None]:
     """The members of a range; None for one whose CRC-32 is another one."""
     view, pieces = memoryview(data), list[memoryview | None]()
     for member in part.members:
         start = member.offset - part.start
         piece = view[start : start + member.size]
-        pieces.append(piece if zlib.crc32(piece) == member.crc32 else None)
+        pieces.append(piece if checksums.crc32(piece) == member.crc32 else None)
     return pieces

@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import logging
+import mmap
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, Protocol, TypeVar
+from typing import IO, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import boto3
@@ -67,14 +68,6 @@ class ChangedError(StorageError):
     """The object is not the one whose ETag was asked for."""
 
 
-class Target(Protocol):
-    """An io.BytesIO or a mmap.mmap."""
-
-    def write(self, data: bytes | memoryview, /) -> int: ...
-
-    def tell(self) -> int: ...
-
-
 class Store(Protocol):
     """A folder of objects."""
 
@@ -87,8 +80,8 @@ class Store(Protocol):
         Raises StorageError; ChangedError where the object's ETag is not `etag`.
         """
 
-    def copy(self, name: str, start: int, end: int, target: Target, etag: str | None = None) -> None:
-        """Append bytes [start, end) of an object to `target`, which has nothing yet. Raises like `get`."""
+    def copy(self, name: str, start: int, end: int, target: mmap.mmap, etag: str | None = None) -> None:
+        """Fill `target`, which is at its start, with bytes [start, end) of an object. Raises like `get`."""
 
     def put(self, name: str, data: bytes) -> None:
         """Write a whole object; readers see the old one, or all of the new one. Raises StorageError."""
@@ -152,12 +145,11 @@ class FileStore:
             raise StorageError(_too_short(self.url(name), start + len(data), end))
         return data
 
-    def copy(self, name: str, start: int, end: int, target: Target, etag: str | None = None) -> None:
+    def copy(self, name: str, start: int, end: int, target: mmap.mmap, etag: str | None = None) -> None:
         with self._explained("read", name), self._open(name, start, etag) as file:
-            while block := file.read(min(BLOCK_BYTES, end - start - target.tell())):
-                target.write(block)
-        if target.tell() != end - start:
-            raise StorageError(_too_short(self.url(name), start + target.tell(), end))
+            num_bytes = file.readinto(target)
+        if num_bytes != end - start:
+            raise StorageError(_too_short(self.url(name), start + num_bytes, end))
 
     def put(self, name: str, data: bytes) -> None:
         self.put_stream(name, io.BytesIO(data))
@@ -202,7 +194,7 @@ class FileStore:
     def close(self) -> None:
         pass  # nothing is retried
 
-    def _open(self, name: str, start: int, etag: str | None) -> BinaryIO:
+    def _open(self, name: str, start: int, etag: str | None) -> io.BufferedReader:
         file = (self.root / name).open("rb")
         if etag is not None and _file_etag(os.fstat(file.fileno())) != etag:
             file.close()
@@ -262,10 +254,10 @@ class S3Store:
             self._copy(name, start, end, buffer, etag)
         return buffer.getvalue()
 
-    def copy(self, name: str, start: int, end: int, target: Target, etag: str | None = None) -> None:
+    def copy(self, name: str, start: int, end: int, target: mmap.mmap, etag: str | None = None) -> None:
         self._copy(name, start, end, target, etag)
 
-    def _copy(self, name: str, start: int, end: int | None, target: Target, etag: str | None) -> None:
+    def _copy(self, name: str, start: int, end: int | None, target: io.BytesIO | mmap.mmap, etag: str | None) -> None:
         request = {"Bucket": self.bucket, "Key": self._key(name)} | ({"IfMatch": etag} if etag else {})
 
         def read_on() -> None:

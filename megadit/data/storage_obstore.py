@@ -4,9 +4,11 @@ An optional package. It only reads: everything else stays boto3's, and so does w
 reads have more patience and say what is wrong.
 """
 
+import mmap
+
 import boto3
 
-from megadit.data.storage import S3Store, StorageError, Target, log
+from megadit.data.storage import S3Store, StorageError, log
 
 try:
     import obstore
@@ -33,7 +35,7 @@ class ObstoreStore(S3Store):
             credential_provider=Boto3CredentialProvider(boto3.session.Session()),
         )
 
-    def copy(self, name: str, start: int, end: int, target: Target, etag: str | None = None) -> None:
+    def copy(self, name: str, start: int, end: int, target: mmap.mmap, etag: str | None = None) -> None:
         options = {"range": (start, end)} | ({"if_match": etag} if etag else {})
         try:
             data = obstore.get(self._rust, self._key(name), options=options).bytes()

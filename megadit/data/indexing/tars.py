@@ -7,7 +7,6 @@ up to its first dot, as in WebDataset, and members of one key need not be neighb
 import io
 import logging
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import Image
 
+from megadit import checksums
 from megadit.data.index import PLACE
 from megadit.data.range_reader import RangeReader
 
@@ -131,7 +131,7 @@ def _crc32(file: RangeReader, info: tarfile.TarInfo) -> int:
         raise TarError(f"{file.url} is cut short: it ends at byte {file.size}, and {info.name!r} at byte {end}")
     crc32 = 0
     for block in file.blocks(info.offset_data, end):
-        crc32 = zlib.crc32(block, crc32)
+        crc32 = checksums.crc32(block, crc32)
     return crc32
 
 

@@ -1,12 +1,12 @@
 """A data set as a source: tars that `megadit data index` has indexed where they lie, or one that was packed before."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from megadit import checksums
 from megadit.data.manifest import CAPTION, Manifest, parse_bucket
 from megadit.data.packing.source import SourceError, SourceSample
 from megadit.data.storage import StorageError, Store, open_store
@@ -126,7 +126,7 @@ class _Range:
         members = {}
         for sample, (offset, size, crc32) in zip(self.samples.tolist(), self.places.tolist(), strict=True):
             member = data[offset - start : offset - start + size]
-            if zlib.crc32(member) != crc32:
+            if checksums.crc32(member) != crc32:
                 return {}, sample
             members[sample] = member
         return members, None

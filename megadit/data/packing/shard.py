@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megadit import checksums
 from megadit.data.manifest import Shard
 from megadit.data.packing.encoding import Encoding
 from megadit.data.packing.pictures import fit
@@ -59,7 +59,7 @@ def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str
                 for kind, data in members.items():
                     info = tarfile.TarInfo(f"{sample.key}.{kind}")  # time, owner and mode keep their constant defaults
                     info.size = len(data)
-                    places[kind].append((tar.offset + TAR_PREFIX_BYTES, len(data), zlib.crc32(data)))
+                    places[kind].append((tar.offset + TAR_PREFIX_BYTES, len(data), checksums.crc32(data)))
                     tar.addfile(info, io.BytesIO(data))
             keys += [sample.key for sample in samples]
             numbers += sound

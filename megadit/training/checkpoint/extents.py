@@ -5,7 +5,6 @@ and verifying are one pass over the disk, straight into the memory of the tensor
 """
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megadit import checksums
 from megadit.training.checkpoint.files import DamageError
 
 BLOCK_BYTES = 2**21  # part of the format
@@ -52,7 +52,7 @@ class Block:
 
     def check(self, content: Tensor) -> None:
         """Raises DamageError unless these bytes were written."""
-        if zlib.crc32(_memory(content)) != self.crc:
+        if checksums.crc32(_memory(content)) != self.crc:
             raise DamageError(f"{self.file} has changed (its CRC-32 differs)")
 
 
@@ -83,7 +83,7 @@ def write(descriptor: int, file: str, start: int, data: Tensor, pool: ThreadPool
 
 def _write_block(descriptor: int, start: int, block: Tensor) -> int:
     rest = _memory(block)
-    crc, end = zlib.crc32(rest), start + len(rest)
+    crc, end = checksums.crc32(rest), start + len(rest)
     while rest:
         rest = rest[os.pwrite(descriptor, rest, end - len(rest)) :]
     return crc

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megadit import checksums
 
 FORMAT = 2
 HEADER, METADATA = "checkpoint.json", ".metadata"
@@ -169,7 +170,7 @@ def _first_of_intervals(paths: Iterable[Path], images: int | None) -> list[Path]
 
 
 def _crc32_of_tree(tree: Any) -> int:
-    return zlib.crc32(json.dumps(tree).encode())
+    return checksums.crc32(json.dumps(tree).encode())
 
 
 def sync(path: Path) -> None:

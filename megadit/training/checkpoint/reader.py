@@ -4,7 +4,6 @@ Reading verifies: every block is compared with its CRC-32 on the way into the me
 """
 
 import pickle
-import zlib
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from megadit import checksums
 from megadit.training.checkpoint import extents, files
 from megadit.training.checkpoint.extents import Extent
 from megadit.training.checkpoint.files import METADATA, DamageError, Header
@@ -44,7 +44,7 @@ def find_damage(path: Path, part: int = 0, num_parts: int = 1, contents: bool = 
 def _read_index(path: Path, header: Header) -> Metadata:
     """DCP's metadata: which ranges there are, each with its extent."""
     content = (path / METADATA).read_bytes()
-    if zlib.crc32(content) != header.index_crc:
+    if checksums.crc32(content) != header.index_crc:
         raise DamageError(f"{METADATA} has changed (its CRC-32 differs)")
     return pickle.loads(content)
 

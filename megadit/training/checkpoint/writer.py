@@ -9,7 +9,6 @@ that several ranks own (HSDP's replicas) is written by one of them.
 import concurrent.futures
 import os
 import pickle
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megadit import checksums
 from megadit.training.checkpoint import extents, files
 from megadit.training.checkpoint.files import METADATA, Header
 
@@ -89,7 +89,7 @@ class Writer(dcp.StorageWriter):
         sizes = Counter(dict.fromkeys(self._names, 0) | {METADATA: len(index)})
         for extent in metadata.storage_data.values():
             sizes[extent.file] += extent.num_bytes
-        self.header = replace(self.header, files=dict(sizes), index_crc=zlib.crc32(index))
+        self.header = replace(self.header, files=dict(sizes), index_crc=checksums.crc32(index))
         files.seal(self.partial, self.header)
 
     # What DCP asks of a writer besides
