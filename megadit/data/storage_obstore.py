@@ -35,14 +35,23 @@ class ObstoreStore(S3Store):
             credential_provider=Boto3CredentialProvider(boto3.session.Session()),
         )
 
+    def get(self, name: str, start: int = 0, end: int | None = None, etag: str | None = None) -> bytes:
+        data = None if end is None or start == end else self._range(name, start, end, etag)
+        return super().get(name, start, end, etag) if data is None else bytes(data)
+
     def copy(self, name: str, start: int, end: int, target: mmap.mmap, etag: str | None = None) -> None:
+        data = self._range(name, start, end, etag)
+        if data is None:
+            super().copy(name, start, end, target, etag)
+        else:
+            target.write(data)
+
+    def _range(self, name: str, start: int, end: int, etag: str | None) -> memoryview | None:
+        """Bytes [start, end) of an object; None where boto3 shall have a try."""
         options = {"range": (start, end)} | ({"if_match": etag} if etag else {})
         try:
-            data = obstore.get(self._rust, self._key(name), options=options).bytes()
+            data = memoryview(obstore.get(self._rust, self._key(name), options=options).bytes())
         except BaseError as error:
             log.warning("%s: obstore gives up (%s); boto3 goes on", self.url(name), str(error).partition("\n")[0])
-        else:
-            if len(data) == end - start:
-                target.write(memoryview(data))
-                return
-        super().copy(name, start, end, target, etag)
+            return None
+        return data if len(data) == end - start else None
