@@ -62,6 +62,7 @@ checkpoint  {run / "checkpoints"}
 
 What to try next:
   {megadit} sample {run} --prompt "green apple" --prompt "smiling cat" --grid {run / "more.png"}
+  {megadit} eval quickstart {run}       # scores both checkpoints and writes a page about them; several minutes
   {megadit} recipe show quickstart                  # the recipe and its muP parameter table
   {megadit} data serve {run / "s3"}        # the data again; in another terminal, paste the lines it prints and
   {megadit} train quickstart engine.kind=zero3 --run runs/zero3   # get the same curve from DeepSpeed ZeRO-3"""
