@@ -102,7 +102,7 @@ def test_identical_sets_contain_each_other(distinct: int) -> None:
 
 
 def test_equals_prdc() -> None:
-    prdc = pytest.importorskip("prdc", reason="needs prdc")
+    prdc = pytest.importorskip("prdc", reason="needs prdc (see requirements/tools.txt)")
     ours, theirs = clouds(300, 24, 0)
     expected = prdc.compute_prdc(theirs.double().numpy(), ours.double().numpy(), nearest_k=3)
     found = precision_recall(ours, theirs)
