@@ -6,10 +6,14 @@ stream holds.
 """
 
 import contextlib
+import ctypes
 import mmap
 import weakref
 
 import numpy as np
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
+LARGE_BLOCK_BYTES = 512 << 10
 
 
 class Pages:
@@ -42,3 +46,16 @@ class Pages:
         while sum(map(len, self._spare)) > self.room_bytes:
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._spare.pop()
+
+
+def give_back_what_is_freed() -> None:
+    """Have malloc take large blocks from the system and give them back, in this process from now on.
+
+    glibc raises its limit for that to 32 MB as blocks are freed, and has an arena for each thread: two workers of a
+    stream grew by 815 MB instead of 480 where data.memory_mb was 400, at the same speed. With 256 KB it was 411 to 458,
+    a fifth slower. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        mallopt(M_ARENA_MAX, 1)

@@ -24,6 +24,7 @@ from megadit.data.cache import ChunkCache
 from megadit.data.decode import Content, DecodeError
 from megadit.data.fetch import Item, Supply, largest_chunks
 from megadit.data.manifest import Manifest
+from megadit.data.pages import give_back_what_is_freed
 from megadit.data.reader import CorruptShardError, Reader
 from megadit.data.schedule import Bucket, Schedule, samples_by_resolution
 from megadit.randomness import Purpose, generator
@@ -114,7 +115,7 @@ class Stream:
             batch_size=None,
             num_workers=self.num_workers,
             multiprocessing_context=context,
-            worker_init_fn=_follow_the_trainer,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # or it draws from the trainer's global one
         )
         results = iter(loader)
@@ -331,8 +332,9 @@ def _close_all() -> None:
         batches.close()
 
 
-def _follow_the_trainer(worker: int) -> None:
-    """Make a worker live exactly as long as its trainer wants it to."""
+def _begin_worker(worker: int) -> None:
+    """Make a worker live exactly as long as its trainer wants it to, and hold no more than it counts."""
+    give_back_what_is_freed()
     # Ctrl-C and a scheduler's SIGTERM reach every process, but the trainer still has a checkpoint to write.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
