@@ -1,9 +1,14 @@
 """Memory that is used again: never while somebody looks at it, never more of it than there is room for."""
 
+import ctypes
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from hypothesis import given, settings as effort, strategies as st
 
 from megadit.data.pages import Pages
@@ -62,3 +67,11 @@ def test_memory_goes_back_to_the_system() -> None:
         thread.join()
     assert process.memory_info().rss - before < 3 * size
     assert sum(map(len, pages._spare)) <= 2 * size
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc 2.33 or newer")
+def test_a_worker_gives_back_large_blocks() -> None:
+    """glibc by itself keeps in a process what has once been freed there."""
+    script = Path(__file__).parents[1] / "workers" / "large_blocks.py"
+    said = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.split() == ["0", "8"]
