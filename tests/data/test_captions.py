@@ -55,7 +55,7 @@ def write_tar(path: Path, pairs: Pairs) -> Path:
 
 
 def write_parquet(path: Path, pairs: Pairs) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/tools.txt)")
     parquet = pytest.importorskip("pyarrow.parquet")
     keys, texts = zip(*pairs, strict=True)
     parquet.write_table(pyarrow.table({"url": keys, "key": keys, "caption": texts}), path)

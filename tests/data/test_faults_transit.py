@@ -23,7 +23,9 @@ FAULTS = [
     *["reset", None, "close", None, "flip", "503", "close", None, "stall", "reset", "flip"] * 2,
 ]
 
-needs_obstore = pytest.mark.skipif(importlib.util.find_spec("obstore") is None, reason="obstore is not installed")
+needs_obstore = pytest.mark.skipif(
+    importlib.util.find_spec("obstore") is None, reason="needs obstore (requirements/tools.txt)"
+)
 
 
 def put(folder: Path, url: str) -> None:
