@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megadit.data.batch import TextFeatures
+from megadit.batch import TextFeatures
 from megadit.data.manifest import CAPTION, LATENT, POOLED, TEXT, TEXT_SCALE, LatentFacts, Manifest, TextFacts
 
 NPY_MAGIC, NPY_PREFIX_BYTES = b"\x93NUMPY\x01\x00", 10

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from megadit.data.batch import Batch, Sample, collate, concatenate
+from megadit.batch import Batch, Sample, collate, concatenate
 from megadit.data.cache import ChunkCache
 from megadit.data.decode import Content, DecodeError
 from megadit.data.fetch import Item, Supply, largest_chunks

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, logging as transformers_logging
 
-from megadit.data.batch import TextFeatures
+from megadit.batch import TextFeatures
 from megadit.data.weights import weights_sha256
 
 MINILM = "minilm"

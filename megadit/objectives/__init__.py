@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.objectives.flow import Flow
 from megadit.recipe import Recipe
 

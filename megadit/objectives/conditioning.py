@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.models import CONDITIONS
 
 

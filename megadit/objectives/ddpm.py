@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.objectives.conditioning import arguments
 from megadit.recipe import DDPMObjective, ModelConfig
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.objectives.conditioning import arguments
 from megadit.recipe import FlowObjective, MMDiTModel, ModelConfig
 

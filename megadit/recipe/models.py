@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megadit.recipe.node import Node, PositiveInt
+from megadit.node import Node, PositiveInt
 
 
 class _Sizes(Node):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megadit.recipe.models import ModelConfig
-from megadit.recipe.node import Fraction, Node, PositiveInt, Power
+from megadit.node import Fraction, Node, PositiveInt, Power
 
 
 class Parametrization(Node):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megadit import models
 from megadit.data.autoencoder import Autoencoder
-from megadit.data.batch import pad_text
+from megadit.batch import pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.initialisation import set_multipliers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megadit.data.autoencoder import Autoencoder
-from megadit.data.batch import Batch, concatenate, pad_text
+from megadit.batch import Batch, concatenate, pad_text
 from megadit.data.text_encoder import TextEncoder
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Encoders, Recipe

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.engines.base import Shard, StepResult
 from megadit.training.ranks import on_every_rank, on_first_rank
 

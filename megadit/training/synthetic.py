@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from megadit import engines, objectives
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.engines.base import process_device
 from megadit.recipe import Recipe, parse
 from megadit.training.memory import reset_peak

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.engines.base import LossClosure, sum_over_ranks
 from megadit.planning.ceilings import device_name, peak_flops
 from megadit.planning.flops import training_flops, training_tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megadit import engines, objectives
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines import base

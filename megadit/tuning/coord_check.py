@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit import engines, objectives
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines.base import sum_over_ranks

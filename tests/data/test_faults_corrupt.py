@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadit.data.batch import Batch, concatenate
+from megadit.batch import Batch, concatenate
 from megadit.data.manifest import Manifest
 from megadit.data.order import Order
 from megadit.data.reader import CorruptShardError, Reader

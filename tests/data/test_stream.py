@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megadit.data.batch import Batch, concatenate
+from megadit.batch import Batch, concatenate
 from megadit.data.manifest import Manifest
 from megadit.data.order import Order
 from megadit.data.sources import open_source

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from PIL import Image
 
-from megadit.data.batch import TENSORS, Batch, concatenate
+from megadit.batch import TENSORS, Batch, concatenate
 from megadit.data.decode import decode_array, decode_picture
 from megadit.data.manifest import Manifest
 from megadit.data.reader import Reader

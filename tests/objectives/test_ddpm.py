@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.objectives.ddpm import DDPM, log_likelihood
 from megadit.recipe import DDPMObjective, DiTModel
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from megadit import models, objectives
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.data.stream import Stream
 from megadit.parametrization.initialisation import initialise
 from megadit.parametrization.table import build_table

@@ -10,7 +10,7 @@ import torch
 
 from megadit.data import sa1b_like
 from megadit.data.autoencoder import Autoencoder
-from megadit.data.batch import TENSORS
+from megadit.batch import TENSORS
 from megadit.data.captions import CaptionTable
 from megadit.data.indexing.dataset import index
 from megadit.data.packing.pack import pack

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit import engines, objectives
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.data.stream import Stream
 from megadit.recipe import Recipe
 from megadit.training.ranks import process_group, rank, world_size

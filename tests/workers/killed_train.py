@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megadit.data.batch import Batch
+from megadit.batch import Batch
 from megadit.data.stream import Stream
 from megadit.recipe import Recipe
 from megadit.training import trainer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megadit.data.batch import TextFeatures
+from megadit.batch import TextFeatures
 from megadit.training.ranks import process_group
 from megadit.training.sharded_encoder import load_sharded
 

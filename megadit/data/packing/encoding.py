@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megadit.data.autoencoder import Autoencoder
-from megadit.data.batch import TextFeatures
+from megadit.batch import TextFeatures
 from megadit.data.manifest import (
     CAPTION,
     LATENT,
