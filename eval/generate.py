@@ -136,10 +136,11 @@ def _check_conditions(recipe: Recipe, task: Task) -> None:
     num_classes = task.settings.get("num_classes")
     if num_classes is None:
         return
-    if recipe.model.family != "dit":
+    ours = recipe.model.conditions.num_classes
+    if ours is None:
         raise ValueError(f"task {task.id} needs a model of classes; family {recipe.model.family} takes captions")
-    if recipe.model.num_classes != num_classes:
-        raise ValueError(f"task {task.id} has {num_classes} classes, the model {recipe.model.num_classes}")
+    if ours != num_classes:
+        raise ValueError(f"task {task.id} has {num_classes} classes, the model {ours}")
 
 
 def _manifest(job: _Job) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _load_conditions(job: _Job, device: torch.device) -> Callable[[Sequence[Plac
     records: list[Record] = job.task.records
     if "num_classes" in job.task.settings:
         return lambda batch: {"labels": torch.tensor([records[prompt]["label"] for prompt, _ in batch])}
-    if job.recipe.model.family == "dit":
+    if job.recipe.model.conditions.num_classes is not None:
         classes = run_folder.load_manifest(job.run).labels
         class_numbers([record["prompt"] for record in records], classes)  # an unknown one is said before any is drawn
     dtype = DTYPES[job.options.precision]

@@ -73,7 +73,7 @@ def test_powers(base: Path, text: str, value: float):
     ("override", "message"),
     [
         ("model.widht=64", "unknown key 'model.widht'; did you mean 'width'?"),
-        ("zebra=1", "unknown key 'zebra'; known keys: name, seed, model"),
+        ("zebra=1", "unknown key 'zebra'; known keys: name, imports, seed, model"),
         ("model.width=-1", "model.width = -1: Input should be greater than or equal to 1"),
         ("model.width=wide", "model.width = 'wide': Input should be a valid integer"),
         ("model.width=72", "model: width 72 must be a multiple of head_dim 32"),

@@ -11,7 +11,7 @@ import pytest
 from megadit.parametrization import base_shapes
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.table import build_table
-from megadit.recipe import PRESETS, RECIPE_FOLDER, load
+from megadit.recipe import RECIPE_FOLDER, all_presets, load
 
 SHIPPED = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 LARGE = [name for name in SHIPPED if f"{name}-cpu" in SHIPPED]
@@ -62,7 +62,7 @@ def test_presets_have_the_published_size(preset: str, millions: int) -> None:
 
 def test_every_preset_is_a_model() -> None:
     sp = ["parametrization.kind=sp", "parametrization.base_shapes=null"]
-    for preset, settings in PRESETS.items():
+    for preset, settings in all_presets().items():
         recipe = {"dit": "dit-xl2-sp", "pixart": "pixart-sp", "mmdit": "mmdit-18b"}[settings["family"]]
         assert load(recipe, [f"model.preset={preset}", *sp]).model.width == settings["width"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megadit import models, timing
 from megadit.interop.diffusers import peer
-from megadit.models import CONDITIONS
+from megadit.interop.layouts import format_of
 from megadit.recipe import Recipe, load
 from megadit.training.synthetic import synthetic_batch
 
@@ -74,17 +74,10 @@ def _inputs(recipe: Recipe, batch_size: int, num_text_tokens: int, device: torch
     batch = replace(batch, text_lengths=torch.arange(batch_size, device=device) % num_text_tokens + 1)
     timestep_B = 1000 * batch.timestep_uniform
     dropped_B = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    conditions = {name: getattr(batch, name) for name in CONDITIONS[recipe.model.family]}
+    conditions = {name: getattr(batch, name) for name in recipe.model.conditions.columns}
     ours = {"x_BCHW": batch.images, "timestep_B": timestep_B, "dropped_B": dropped_B, **conditions}
-    theirs: Arguments = {"hidden_states": batch.images, "timestep": timestep_B}
-    if recipe.model.family == "dit":
-        return ours, theirs | {"class_labels": batch.labels}
-    theirs["encoder_hidden_states"] = batch.text
-    if recipe.model.family == "pixart":
-        mask = torch.arange(num_text_tokens, device=device) < batch.text_lengths[:, None]
-        size = {"resolution": None, "aspect_ratio": None}
-        return ours, theirs | {"encoder_attention_mask": mask, "added_cond_kwargs": size}
-    return ours, theirs | {"pooled_projections": batch.pooled}
+    theirs = {"hidden_states": batch.images, "timestep": timestep_B, **format_of(recipe.model).arguments(batch)}
+    return ours, theirs
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megadit import models, recipe as recipes
-from megadit.interop.diffusers import READOUTS, export
+from megadit.interop.diffusers import export
 from megadit.interop.published import Kind, load_published, read_published
 from megadit.interop.strict import load_strictly
 from megadit.models.layers import Readout
@@ -32,8 +32,12 @@ def load_published_command(
     Raises ValueError where the checkpoint is not one of the recipe's model.
     """
     recipe = recipes.load(recipe_name, overrides)
-    if recipe.model.family == "mmdit":
-        raise ValueError("there are no published checkpoints of our MMDiT: the recipe must have a dit or pixart model")
+    if not models.family_of(recipe.model).has_published:
+        known = [name for name in models.FAMILIES.names if models.FAMILIES.get(name).has_published]
+        raise ValueError(
+            f"there are no published checkpoints of model.family {recipe.model.family}: "
+            f"the recipe must have one of {', '.join(known)}"
+        )
     model = models.build(recipe.model)
     load_published(model, checkpoint, prefer)
     out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ def export_command(source: Path, out: Path, ema: str | None = None, allow_timest
         ValueError: `source` is neither, or diffusers has no class or pipeline for the model.
     """
     model, recipe = _load(source, ema)
-    readout = model.get_submodule(READOUTS[recipe.model.family])
+    readout = model.get_submodule(models.family_of(recipe.model).readout)
     assert isinstance(readout, Readout), type(readout)
     export(recipe, model.state_dict(), readout.multiplier, out, allow_timestep_mismatch)
 

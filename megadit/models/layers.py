@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megadit.kernels.attention import attention
 from megadit.kernels.gelu import gelu_tanh
-from megadit.recipe import ModelConfig
+from megadit.models.family import ModelConfig
 
 SINUSOID_CHANNELS = 256
 NORM_EPS = 1e-6

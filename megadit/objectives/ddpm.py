@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megadit.batch import Batch
+from megadit.models import ModelConfig
 from megadit.objectives.conditioning import arguments
-from megadit.recipe import DDPMObjective, ModelConfig
+from megadit.recipe import DDPMObjective
 
 NUM_TIMESTEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # linear between (arXiv 2006.11239, section 4)
@@ -23,7 +24,7 @@ class DDPM:
 
     def __init__(self, objective: DDPMObjective, config: ModelConfig, device: torch.device) -> None:
         self._condition_dropout = objective.condition_dropout
-        self._family = config.family
+        self._model = config
         beta_T = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
         alpha_T = 1 - beta_T
         alpha_bar_T = alpha_T.cumprod(0)
@@ -57,7 +58,7 @@ class DDPM:
         step_B = timestep_B.long()
         noisy = _gather(self._image_scale_T, step_B) * batch.images
         noisy = noisy + _gather(self._noise_scale_T, step_B) * batch.noise
-        prediction = model(noisy, timestep_B, **arguments(batch, self._family, self._condition_dropout)).float()
+        prediction = model(noisy, timestep_B, **arguments(batch, self._model, self._condition_dropout)).float()
         noise, v = prediction.chunk(2, dim=1)
         error = noise - batch.noise
         bound = self._bound(error.detach(), v, batch.images, step_B) / math.log(2)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from megadit.batch import Batch
+from megadit.models import ModelConfig
 from megadit.objectives.conditioning import arguments
-from megadit.recipe import FlowObjective, MMDiTModel, ModelConfig
+from megadit.recipe import FlowObjective
 
 
 class Flow:
@@ -13,12 +14,11 @@ class Flow:
 
     def __init__(self, objective: FlowObjective, config: ModelConfig, device: torch.device) -> None:
         self._objective = objective
-        self._family = config.family
+        self._model = config
         self._alignment = None
         if objective.repa is not None:
             from megadit.objectives.repa import Alignment
 
-            assert isinstance(config, MMDiTModel)
             self._alignment = Alignment(objective.repa, config, device)
 
     def timesteps(self, uniform_B: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Flow:
     def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
         """Mean squared velocity error, plus the weighted alignment loss."""
         noisy = torch.lerp(batch.images, batch.noise, (timestep_B / 1000).view(-1, 1, 1, 1))
-        conditions = arguments(batch, self._family, self._objective.condition_dropout)
+        conditions = arguments(batch, self._model, self._objective.condition_dropout)
         if self._alignment is None:
             return _squared_error(model(noisy, timestep_B, **conditions), self.targets(batch))
         assert self._objective.repa is not None

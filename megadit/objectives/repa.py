@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate, normalize
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from megadit.recipe import MMDiTModel, RepaLoss
+from megadit.models import ModelConfig
+from megadit.recipe import RepaLoss
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 # Of ImageNet's pictures in [0, 1], as in the preprocessor_config.json of facebook/dinov2-base.
@@ -27,8 +28,7 @@ class Alignment:
     model does not work on pixels.
     """
 
-    def __init__(self, loss: RepaLoss, model: MMDiTModel, device: torch.device) -> None:
-        assert model.repa is not None
+    def __init__(self, loss: RepaLoss, model: ModelConfig, device: torch.device) -> None:
         if model.in_channels != 3:
             raise ValueError(
                 f"objective.repa needs pictures of 3 channels, not model.in_channels {model.in_channels}: "
@@ -36,14 +36,13 @@ class Alignment:
             )
         self._encoder = load_encoder(loss.encoder).to(device)
         config = self._encoder.config
-        if config.hidden_size != model.repa.feature_dim:
+        if config.hidden_size != model.feature_dim:
             raise ValueError(
                 f"image encoder {loss.encoder}: it has {config.hidden_size} features, "
-                f"model.repa.feature_dim is {model.repa.feature_dim}"
+                f"model.repa.feature_dim is {model.feature_dim}"
             )
-        tokens_per_side = model.input_size // model.patch_size
-        self._num_tokens = tokens_per_side**2
-        self._encoder_size = tokens_per_side * config.patch_size
+        self._num_tokens = model.num_patches
+        self._encoder_size = model.input_size // model.patch_size * config.patch_size
         self._mean_311 = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
         self._std_311 = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
 

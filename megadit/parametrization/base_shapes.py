@@ -13,7 +13,8 @@ import yaml
 from torch import nn
 
 from megadit import models
-from megadit.recipe import ModelConfig, Recipe
+from megadit.models import ModelConfig
+from megadit.recipe import Recipe
 
 # Per parameter and dimension the size in the base model, or None for a dimension that is not a width.
 BaseShapes = Mapping[str, tuple[int | None, ...]]

@@ -1,109 +1,27 @@
-"""Initial weights: a rule per parameter of each family, and each value a function of (seed, parameter name) alone.
-
-RULES has the tables of the official code of arXiv 2505.15270 (ML-GSAI/Scaling-Diffusion-Transformers-muP): DiT from
-DiT/models_mup.py and DiT/models.py, PixArt from PixArt-alpha/.../PixArt.py with mup_init on and off. MMDiT, whose code
-was not released, has the rules of DiT.
-
-A rule gives sigma, the standard deviation at base width; fans are those of the base model. Under muP a hidden matrix
-gets sigma / sqrt(m), everything else sigma. Without base shapes the base model is the model, and m is 1.
-"""
+"""Initial weights: a rule per parameter, as its family states it, and each value a function of (seed, name) alone."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from megadit.models import Family
 from megadit.models.layers import Readout
-from megadit.parametrization.spec import InitKind, ParamSpec
+from megadit.models.rules import Rule
+from megadit.parametrization.spec import ParamSpec
 from megadit.randomness import named_generator
 from megadit.recipe import Parametrization
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A distribution and sigma: a number, or the name of a function of the fans."""
-
-    kind: InitKind
-    sigma: float | str = 0.0
-
-
-ZERO, ONE = Rule("zero"), Rule("one")
-FAN_IN = Rule("normal", "fan_in")  # 1 / sqrt(fan_in): kaiming_normal with a = 1
-XAVIER = Rule("uniform", "xavier")  # sqrt(2 / (fan_in + fan_out))
-XAVIER_FLAT = Rule("uniform", "xavier_flat")  # the same of a convolution's weight viewed as a matrix
-ROW = Rule("normal", "row")  # 1 / sqrt(length of a row)
-N_002, N_1 = Rule("normal", 0.02), Rule("normal", 1.0)
-
-# family -> parametrization -> pattern of names -> rule; the first pattern that fits holds.
-Rules = Mapping[str, Rule]
-_DIT: Rules = {
-    "final_layer.linear.weight": ZERO,
-    "y_embedder.embedding_table.weight": N_1,
-    "*.weight": FAN_IN,
-    "*.bias": ZERO,
-}
-_PIXART: Rules = {
-    "final_layer.linear.weight": ZERO,
-    "x_embedder.proj.weight": XAVIER,
-    "t_embedder.mlp.*.weight": N_002,
-    "t_block.1.weight": N_002,
-    "y_embedder.y_proj.*.weight": N_002,
-    "*scale_shift_table": N_002,
-    "blocks.*.cross_attn.proj.weight": ZERO,
-    "blocks.*.weight": XAVIER,
-    "*.bias": ZERO,
-}
-_MMDIT: Rules = {
-    "readout.weight": ZERO,
-    "blocks.*.qk_norm.*": ONE,
-    "*.weight": FAN_IN,
-    "*.bias": ZERO,
-}
-
-
-def _changed(rules: Rules, changes: Rules) -> Rules:
-    """`rules` with others in place of some, which are asked first."""
-    return {**changes, **{pattern: rule for pattern, rule in rules.items() if pattern not in changes}}
-
-
-RULES: Mapping[str, Mapping[str, Rules]] = {
-    "dit": {
-        "mup, paper": _DIT,
-        "mup, zero": _changed(_DIT, {"*.adaLN_modulation.1.weight": ZERO, "y_embedder.embedding_table.weight": N_002}),
-        "sp": {
-            "final_layer.linear.weight": ZERO,
-            "*.adaLN_modulation.1.weight": ZERO,
-            "x_embedder.proj.weight": XAVIER_FLAT,
-            "t_embedder.mlp.*.weight": N_002,
-            "y_embedder.embedding_table.weight": N_002,
-            "*.weight": XAVIER,
-            "*.bias": ZERO,
-        },
-    },
-    "pixart": {
-        "mup, paper": _PIXART,
-        "mup, zero": _changed(_PIXART, {"t_block.1.weight": ZERO, "*scale_shift_table": ZERO}),
-        "sp": _changed(_PIXART, {"x_embedder.proj.weight": XAVIER_FLAT, "*scale_shift_table": ROW}),
-    },
-    "mmdit": {
-        "mup, paper": _MMDIT,
-        "mup, zero": _changed(_MMDIT, {"*modulation.weight": ZERO}),
-        "sp": _changed(_MMDIT, {"readout.weight": ZERO, "*modulation.weight": ZERO, "*.weight": XAVIER}),
-    },
-}
-
-
-def rule_of(name: str, family: str, parametrization: Parametrization) -> Rule:
+def rule_of(name: str, family: Family, parametrization: Parametrization) -> Rule:
     """The rule of a parameter. Raises ValueError for one that no pattern fits."""
     mup = parametrization.kind == "mup"
-    rules = RULES[family][f"mup, {parametrization.adaln_init}" if mup else "sp"]
-    for pattern, rule in rules.items():
+    for pattern, rule in family.initial[f"mup, {parametrization.adaln_init}" if mup else "sp"].items():
         if fnmatchcase(name, pattern):
             return rule
-    raise ValueError(f"{name}: no initialisation is known for it in family {family}")
+    raise ValueError(f"{name}: no initialisation is known for it in family {family.name}")
 
 
 def standard_deviation(rule: Rule, base_dims: Sequence[int], hidden_mult: float) -> float:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megadit.models.rules import InitKind
+
 # By which dimensions are widths: none, the fan-out alone (and the rows of tables and embeddings), fan-out and fan-in;
 # "output" is the weight of a Readout, "vector" everything one-dimensional.
 Role = Literal["finite", "input", "hidden", "output", "vector"]
-InitKind = Literal["normal", "uniform", "zero", "one"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from megadit import models
 from megadit.models.layers import Readout
 from megadit.parametrization import base_shapes
 from megadit.parametrization.base_shapes import BaseShapes
@@ -18,8 +19,6 @@ from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import rule_of, standard_deviation
 from megadit.parametrization.spec import ParamSpec, Role
 from megadit.recipe import Recipe
-
-TABLES = ("scale_shift_table",)  # names of parameters that are tables: rows of width
 
 
 def build_table(recipe: Recipe) -> list[ParamSpec]:
@@ -41,7 +40,7 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
 
     Raises ValueError for a parameter without a role, or without a rule for its initial value.
     """
-    parametrization, optimizer = recipe.parametrization, recipe.optimizer
+    parametrization, optimizer, family = recipe.parametrization, recipe.optimizer, models.family_of(recipe.model)
     specs = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -50,10 +49,10 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
         module = model.get_submodule(module_name)
         shape = tuple(parameter.shape)
         base = shapes[name] if shapes is not None else (None,) * len(shape)
-        role = _role(name, leaf, module, base)
+        role = _role(name, leaf in family.tables, module, base)
         m = _width_mult(shape, base)
         hidden_mult = m if role == "hidden" else 1.0
-        rule = rule_of(name, recipe.model.family, parametrization)
+        rule = rule_of(name, family, parametrization)
         base_dims = [size if dim is None else dim for size, dim in zip(shape, base, strict=True)]
         decay_mult = hidden_mult ** (1 - parametrization.decay_exponent)
         specs.append(
@@ -124,19 +123,19 @@ def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _role(name: str, leaf: str, module: nn.Module, base: tuple[int | None, ...]) -> Role:
+def _role(name: str, is_table: bool, module: nn.Module, base: tuple[int | None, ...]) -> Role:
     """The role of a parameter from the module that owns it and from which of its dimensions are widths."""
     if len(base) == 1:
         return "vector"
     is_width = [dim is not None for dim in base]
-    if isinstance(module, nn.Embedding) or leaf in TABLES:
+    if isinstance(module, nn.Embedding) or is_table:
         if len(base) == 2 and not is_width[0]:
             return "input" if is_width[1] else "finite"
         raise ValueError(f"{name}: the rows of a table must not be a width, and a row has one dimension")
     if not isinstance(module, nn.Linear | nn.Conv2d) or any(is_width[2:]):
         raise ValueError(
             f"{name}: no role is known for a parameter with {len(base)} dimensions of a {type(module).__name__}; "
-            f"muP covers linear layers, patch embeddings (Conv2d), embeddings, {', '.join(TABLES)} and vectors"
+            "muP covers linear layers, patch embeddings (Conv2d), embeddings, the family's tables and vectors"
         )
     out_is_width, in_is_width = is_width[:2]
     if isinstance(module, Readout):

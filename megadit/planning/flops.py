@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from megadit.models import CONDITIONS, num_flops
-from megadit.recipe import ModelConfig
+from megadit.models import ModelConfig, num_flops
 
 PASSES = 3  # of a training step, in units of the forward pass: the backward pass has two products for each of its one
 
@@ -15,6 +14,5 @@ def training_flops(config: ModelConfig, text_lengths: Iterable[int]) -> int:
 
 def training_tokens(config: ModelConfig, text_lengths: Iterable[int]) -> int:
     """Tokens of the samples: patches, and those of text where the model takes it."""
-    patches = (config.input_size // config.patch_size) ** 2
-    takes_text = "text" in CONDITIONS[config.family]
-    return sum(patches + (length if takes_text else 0) for length in text_lengths)
+    takes_text = config.conditions.text_dim is not None
+    return sum(config.num_patches + (length if takes_text else 0) for length in text_lengths)

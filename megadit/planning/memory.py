@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megadit import models
 from megadit.engines.blocks import num_parameters_of_blocks
+from megadit.models import ModelConfig
 from megadit.parametrization.table import build_table
-from megadit.recipe import ModelConfig, Recipe
+from megadit.recipe import Recipe
 
 FP32_BYTES = 4
 IN_FLIGHT = 2  # blocks whose whole weights and gradients a rank holds at once: one is at work, one communicated
@@ -155,12 +156,13 @@ def _watch(model: nn.Module, enter: Any, leave: Any) -> None:
 
 def _one_sample(config: ModelConfig, text_tokens: int) -> dict[str, Tensor]:
     """Arguments of the model for one sample."""
-    conditions = {
+    taken = config.conditions
+    columns = {
         "labels": torch.tensor([0]),
-        "text": torch.zeros(1, text_tokens, getattr(config, "text_dim", 1)),
+        "text": torch.zeros(1, text_tokens, taken.text_dim or 1),
         "text_lengths": torch.tensor([text_tokens]),
-        "pooled": torch.zeros(1, getattr(config, "pooled_dim", 1)),
+        "pooled": torch.zeros(1, taken.pooled_dim or 1),
     }
     x_BCHW = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
-    given = {name: conditions[name] for name in models.CONDITIONS[config.family]}
+    given = {name: columns[name] for name in taken.columns}
     return {"x_BCHW": x_BCHW, "timestep_B": torch.zeros(1), **given}

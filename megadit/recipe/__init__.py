@@ -3,6 +3,7 @@
 from megadit.recipe.loading import (
     RECIPE_FOLDER,
     RecipeError,
+    all_presets,
     differences,
     dump,
     is_free,
@@ -10,7 +11,6 @@ from megadit.recipe.loading import (
     parse,
     resolve,
 )
-from megadit.recipe.models import PRESETS, DiTModel, MMDiTModel, ModelConfig, PixArtModel, RepaHead
 from megadit.recipe.schema import (
     Data,
     DDPMObjective,
@@ -32,11 +32,9 @@ from megadit.recipe.schema import (
 )
 
 __all__ = [
-    "PRESETS",
     "RECIPE_FOLDER",
     "DDPMObjective",
     "Data",
-    "DiTModel",
     "Encoders",
     "Evaluation",
     "EvaluationMetric",
@@ -44,18 +42,15 @@ __all__ = [
     "FlowObjective",
     "GenerationPrecision",
     "LabelOrder",
-    "MMDiTModel",
-    "ModelConfig",
     "Objective",
     "Optimizer",
     "Parametrization",
-    "PixArtModel",
     "Recipe",
     "RecipeError",
-    "RepaHead",
     "RepaLoss",
     "SamplerName",
     "TaskName",
+    "all_presets",
     "check_world_size",
     "differences",
     "dump",

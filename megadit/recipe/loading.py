@@ -6,6 +6,7 @@ allowed.
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +15,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megadit.recipe.models import PRESETS
-from megadit.recipe.schema import Recipe
+from megadit.models import FAMILIES
+from megadit.node import Node
+from megadit.recipe.schema import SECTIONS, Recipe
 
 RECIPE_FOLDER = Path(str(files("megadit.recipes")))
-
-
-KINDS = {"model": "family", "objective": "kind"}  # sections that are one of several kinds, and the key that says which
 
 
 class RecipeError(ValueError):
@@ -57,17 +56,35 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = _read_tree(resolve(source), seen=())
     for override in overrides:
         _apply_override(tree, override)
-    _apply_preset(tree)
     return parse(tree, str(source))
 
 
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Validate a plain tree, as read from YAML."""
+    """Validate a plain tree, as read from YAML; the modules that it imports are imported."""
+    tree = dict(tree)
+    _import_modules(tree.get("imports"), source)
+    _apply_preset(tree)
+    stated, lines = dict(tree), []
+    for name in SECTIONS.keys() & tree.keys():
+        try:
+            tree[name] = _validated_section(name, tree[name])
+        except ValidationError as error:
+            lines += [_explain(item, (name, *item["loc"]), stated) for item in error.errors()]
+        except RecipeError as error:
+            lines.append(str(error))
+        else:
+            continue
+        del tree[name]
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item, tree) for item in error.errors()]
-        raise RecipeError(f"{source}: " + "; ".join(lines)) from None
+        left_out = [(name,) for name in stated.keys() - tree.keys()]
+        # A check of the whole has nothing to say of one that lacks a section.
+        items = [item for item in error.errors() if item["loc"] not in left_out and (item["loc"] or not lines)]
+        lines += [_explain(item, item["loc"], stated) for item in items]
+    if lines:
+        raise RecipeError(f"{source}: " + "; ".join(lines))
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:
@@ -153,36 +170,57 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: not a YAML value: {error}") from None
 
 
+def _import_modules(names: Any, source: str) -> None:
+    """Import what adds families, objectives and optimizers. What is no list of names is an error of the schema."""
+    for name in names if isinstance(names, list | tuple) else ():
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise RecipeError(
+                f"{source}: imports: cannot import {name!r}: {error}; a module must be installed or on PYTHONPATH"
+            ) from None
+
+
 def _apply_preset(tree: dict[str, Any]) -> None:
     """Put the settings that `model.preset` stands for below those that the section states itself."""
     model = tree.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return
-    name = model.pop("preset")
-    if name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
+    name, presets = model["preset"], all_presets()
+    if name not in presets:
+        close = difflib.get_close_matches(str(name), presets, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(presets)}"
         raise RecipeError(f"unknown model.preset {name!r}; {hint}")
-    tree["model"] = PRESETS[name] | model
+    tree["model"] = presets[name] | {key: value for key, value in model.items() if key != "preset"}
 
 
-def _explain(item: Any, tree: Mapping[str, Any]) -> str:
+def all_presets() -> dict[str, dict[str, Any]]:
+    """The presets of all families: model.preset -> settings of the `model` section."""
+    return {
+        name: {"family": family, **settings}
+        for family in FAMILIES.names
+        for name, settings in FAMILIES.get(family).presets.items()
+    }
+
+
+def _validated_section(name: str, given: Any) -> Node:
+    """The settings of a section that is one of several kinds."""
+    section = SECTIONS[name]
+    kinds = section.kinds()
+    kind = given.get(section.key, section.default) if isinstance(given, Mapping) else given
+    if kind is None:
+        raise RecipeError(f"{name}.{section.key} is missing; allowed: {', '.join(kinds)}")
+    if not isinstance(given, Mapping) or kind not in kinds:
+        raise RecipeError(f"{name}.{section.key} = {kind!r}; allowed: {', '.join(kinds)}")
+    return kinds[kind].model_validate(given)
+
+
+def _explain(item: Any, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
     """One line for one pydantic error: the path, the value, and what is allowed."""
-    keys = [str(part) for part in item["loc"]]
-    if len(keys) > 1 and keys[0] in KINDS:
-        del keys[1]  # pydantic puts the kind of the section into the path
-    path = ".".join(keys)
-    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        key, allowed = KINDS[path], ", ".join(_kinds(path))
-        given = tree[path].get(key) if isinstance(tree[path], Mapping) else tree[path]
-        return (
-            f"{path}.{key} is missing; allowed: {allowed}"
-            if given is None
-            else (f"{path}.{key} = {given!r}; allowed: {allowed}")
-        )
+    path = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        known = _known_keys(location[:-1], tree)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
     if item["type"] == "missing":
@@ -193,24 +231,17 @@ def _explain(item: Any, tree: Mapping[str, Any]) -> str:
     return f"{path} = {item['input']!r}: {message}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any]) -> list[str]:
     """Keys of the section at `location` of the tree."""
     node: type[BaseModel] = Recipe
-    parts = list(location)
-    while parts:
-        name = str(parts.pop(0))
-        if name in KINDS and node is Recipe:
-            node = _kinds(name)[parts.pop(0)]
-            continue
+    for name in map(str, location):
         field = node.model_fields.get(name)
         if field is None:
             break
+        if node is Recipe and name in SECTIONS:
+            section = SECTIONS[name]
+            node = section.kinds()[tree[name].get(section.key, section.default)]
+            continue
         candidates = [field.annotation, *get_args(field.annotation)]
         node = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), node)
     return list(node.model_fields)
-
-
-def _kinds(section: str) -> dict[str, type[BaseModel]]:
-    """The classes of a section that has kinds, by the value of its key."""
-    classes = get_args(Recipe.model_fields[section].annotation)
-    return {node.model_fields[KINDS[section]].default: node for node in classes}

@@ -1,12 +1,15 @@
 """The recipe: one frozen tree, everything that a run is a function of."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from megadit.recipe.models import ModelConfig
+from megadit.models import FAMILIES, ModelConfig
 from megadit.node import Fraction, Node, PositiveInt, Power
+from megadit.registry import Registry
 
 
 class Parametrization(Node):
@@ -56,7 +59,17 @@ class DDPMObjective(Node):
     num_loss_bins: PositiveInt = 4
 
 
-Objective = Annotated[FlowObjective | DDPMObjective, Field(discriminator="kind")]
+Objective = FlowObjective | DDPMObjective
+
+
+@dataclass(frozen=True)
+class _Kind:
+    config: type[Node]
+
+
+OBJECTIVES: Registry[_Kind] = Registry("objective")
+for _objective in (FlowObjective, DDPMObjective):
+    OBJECTIVES.add(_objective.model_fields["kind"].default, _Kind(_objective))
 
 
 class Data(Node):
@@ -256,8 +269,10 @@ class Recipe(Node):
     """The whole tree."""
 
     name: str
+    # Python modules that add model families, objectives or optimizers; they are imported before the rest is read.
+    imports: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     parametrization: Parametrization
     objective: Objective = FlowObjective()
     data: Data
@@ -292,13 +307,32 @@ class Recipe(Node):
         return self.training.num_images // self.training.batch_size
 
 
+@dataclass(frozen=True)
+class Section:
+    """A section of the recipe that is one of several kinds, and the key in it that says which."""
+
+    key: str
+    registry: Registry[Any]
+    default: str | None = None
+
+    def kinds(self) -> dict[str, type[Node]]:
+        """The classes of settings, by the value of the key."""
+        return {name: self.registry.get(name).config for name in self.registry.names}
+
+
+SECTIONS: Mapping[str, Section] = {
+    "model": Section("family", FAMILIES),
+    "objective": Section("kind", OBJECTIVES),
+}
+
+
 def _check_model_and_objective(recipe: Recipe) -> None:
     model, objective = recipe.model, recipe.objective
     channels = 2 if objective.kind == "ddpm" else 1
     if model.out_channels != channels * model.in_channels:
         wanted = "needs a model with learn_sigma" if channels == 2 else "needs learn_sigma: false"
         raise ValueError(f"objective.kind {objective.kind} {wanted} (family {model.family})")
-    has_head = model.family == "mmdit" and model.repa is not None
+    has_head = model.feature_dim is not None
     has_loss = objective.kind == "flow" and objective.repa is not None
     if has_head != has_loss:
         raise ValueError("model.repa (the head) and objective.repa (its loss) go together: state both or neither")

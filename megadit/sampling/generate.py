@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megadit import models
-from megadit.data.autoencoder import Autoencoder
 from megadit.batch import pad_text
+from megadit.data.autoencoder import Autoencoder
 from megadit.data.text_encoder import TextEncoder
 from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.initialisation import set_multipliers
@@ -71,7 +70,7 @@ def generate(
 ) -> Tensor:
     """Images [B, C, H, W] under B conditions, about in [-1, 1] (latents: in their units), on the conditions' device.
 
-    Image i depends on (seed, i) and its own condition alone. For `conditions` see `megadit.models.CONDITIONS`, for
+    Image i depends on (seed, i) and its own condition alone. For `conditions` see `megadit.models.Conditions`, for
     `guidance_scale` see `guide`. Raises ValueError for a number of steps that cannot be.
     """
     if num_steps < 1:
@@ -139,10 +138,10 @@ def load_conditioner(
 
     The text encoder runs on `device` with weights in `dtype`; features are in fp32 in any case.
     """
-    if recipe.model.family == "dit":
+    if recipe.model.conditions.num_classes is not None:
         classes = run_folder.load_manifest(run).labels
         return lambda prompts: {"labels": class_numbers(prompts, classes)}
-    names, text_encoder = models.CONDITIONS[recipe.model.family], load_encoder(run, recipe, encoder, device, dtype)
+    names, text_encoder = recipe.model.conditions.columns, load_encoder(run, recipe, encoder, device, dtype)
 
     def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, lengths, pooled = pad_text(text_encoder.encode(list(prompts)))

@@ -47,25 +47,28 @@ def _identity(manifest: Manifest) -> dict[str, object]:
 
 
 def _check_set(recipe: Recipe, manifest: Manifest, where: str) -> None:
-    settings = recipe.model.model_dump()
+    model, taken = recipe.model, recipe.model.conditions
     sizes, channels = _inputs(recipe, manifest, where)
-    theirs = {"in_channels": channels, "num_classes": len(manifest.labels)}
+    pairs = {"in_channels": (model.in_channels, channels), "num_classes": (taken.num_classes, len(manifest.labels))}
     if len(sizes) == 1 and sizes[0][0] == sizes[0][1]:
-        theirs = {"input_size": sizes[0][0], **theirs}
+        pairs = {"input_size": (model.input_size, sizes[0][0]), **pairs}
     else:
         _check_buckets(recipe, sizes, where)
-    if "text_dim" in settings:
+    if taken.text_dim is not None:
         text = _text(recipe, manifest, where)
-        theirs |= {"text_dim": text.dim, "pooled_dim": text.pooled_dim}
-        if settings.get("max_text_tokens", text.max_tokens) < text.max_tokens:
+        pairs |= {"text_dim": (taken.text_dim, text.dim), "pooled_dim": (taken.pooled_dim, text.pooled_dim)}
+        if taken.max_text_tokens is not None and taken.max_text_tokens < text.max_tokens:
             raise ValueError(
                 f"{where} has captions of up to {text.max_tokens} tokens, "
-                f"the model takes model.max_text_tokens {settings['max_text_tokens']}"
+                f"the model takes model.max_text_tokens {taken.max_text_tokens}"
             )
     elif recipe.encoders is not None and recipe.encoders.text is not None:
-        raise ValueError(f"encoders.text is of no use: model.family {recipe.model.family} takes no captions")
-    pairs = {f"model.{key}": (settings[key], value) for key, value in theirs.items() if key in settings}
-    wrong = [f"{key} is {ours}, the data has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+        raise ValueError(f"encoders.text is of no use: model.family {model.family} takes no captions")
+    wrong = [
+        f"model.{key} is {ours}, the data has {theirs}"
+        for key, (ours, theirs) in pairs.items()
+        if ours is not None and ours != theirs
+    ]
     if wrong:
         raise ValueError(f"the model does not fit {where}: {'; '.join(wrong)}")
 

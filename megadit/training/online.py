@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadit.data.autoencoder import Autoencoder
 from megadit.batch import Batch, concatenate, pad_text
+from megadit.data.autoencoder import Autoencoder
 from megadit.data.text_encoder import TextEncoder
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Encoders, Recipe

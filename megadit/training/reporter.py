@@ -12,7 +12,7 @@ from torch import Tensor
 from megadit import kernels
 from megadit.engines.base import StepResult, process_device, sum_over_ranks
 from megadit.kernels import attention
-from megadit.models import num_flops
+from megadit.models import family_of, num_flops
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import build_table
 from megadit.planning.ceilings import device_name, peak_flops
@@ -31,7 +31,7 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
         num_parameters[spec.role] += torch.Size(spec.shape).numel()
     roles = ", ".join(f"{role} {count:,}" for role, count in num_parameters.most_common())
     epochs = recipe.training.num_images / num_samples
-    ours = kernels.in_use(recipe.model.family, process_device().type, recipe.engine.compile)
+    ours = kernels.in_use(family_of(recipe.model).kernels, process_device().type, recipe.engine.compile)
     return "\n".join(
         [
             f"{recipe.name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "

@@ -52,16 +52,16 @@ def bench(recipe: Recipe, settings: Sequence[Setting], num_steps: int, text_toke
 def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: torch.device) -> Batch:
     """Normal noise in place of `size` pictures, with captions of `text_tokens` tokens; nothing is dropped."""
     model = recipe.model
-    text_dim: int = getattr(model, "text_dim", 1)
-    longest: int = getattr(model, "max_text_tokens", DEFAULT_TEXT_TOKENS)
+    taken = model.conditions
+    longest = taken.max_text_tokens or DEFAULT_TEXT_TOKENS
     tokens = longest if text_tokens is None else text_tokens
     picture = (size, model.in_channels, model.input_size, model.input_size)
     generator = torch.Generator().manual_seed(recipe.seed)
     batch = Batch(
         images=torch.randn(picture, generator=generator),
-        text=torch.randn(size, tokens, text_dim, generator=generator),
+        text=torch.randn(size, tokens, taken.text_dim or 1, generator=generator),
         text_lengths=torch.full((size,), tokens),
-        pooled=torch.randn(size, getattr(model, "pooled_dim", 1), generator=generator),
+        pooled=torch.randn(size, taken.pooled_dim or 1, generator=generator),
         labels=torch.zeros(size, dtype=torch.int64),
         noise=torch.randn(picture, generator=generator),
         timestep_uniform=torch.rand(size, generator=generator),

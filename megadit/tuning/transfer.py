@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from megadit import recipe as recipes
+from megadit.models import ModelConfig
 from megadit.parametrization import base_shapes
 from megadit.planning.flops import training_flops
-from megadit.recipe import ModelConfig, Recipe
+from megadit.recipe import Recipe
 from megadit.tuning import figure
 from megadit.tuning.curve import Curve
 from megadit.tuning.optimum import TUNED, LrCurve, Optimum, find_optimum, read_curves
@@ -199,5 +200,5 @@ def _cost_fraction(study: Study, target: Recipe) -> float:
 
 def _num_flops(model: ModelConfig, max_text_tokens: int) -> int:
     """To train on one image once."""
-    num_text_tokens = model.max_text_tokens if model.family == "pixart" else max_text_tokens
+    num_text_tokens = model.conditions.max_text_tokens or max_text_tokens
     return training_flops(model, [num_text_tokens])

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, BertTokenizerFast, T5Config, T5EncoderModel
 
-from megadit.data import text_encoder
 from megadit.batch import pad_text
+from megadit.data import text_encoder
 from megadit.data.text_encoder import TextEncoder, TextEncoderError
 
 CAPTIONS = [

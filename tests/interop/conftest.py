@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from megadit import models
-from megadit.interop.diffusers import READOUTS
 from megadit.recipe import Recipe, parse
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ def random_model() -> Callable[[Recipe], nn.Module]:
         for name, parameter in model.named_parameters():
             is_matrix = parameter.ndim > 1 and "table" not in name
             parameter.normal_(std=parameter[0].numel() ** -0.5 if is_matrix else 0.2)
-        model.get_submodule(READOUTS[recipe.model.family]).multiplier = MULTIPLIER
+        model.get_submodule(models.family_of(recipe.model).readout).multiplier = MULTIPLIER
         return model
 
     return make

@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, PixArtA
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megadit.interop.diffusers import READOUTS, export, use_published_timesteps
+from megadit import models
+from megadit.interop.diffusers import export
+from megadit.models.dit.diffusers import use_published_timesteps
 from megadit.recipe import Recipe
 
 STEPS, GUIDANCE = 2, 3.0
@@ -18,7 +20,7 @@ CLASSES = {"dit": "DiTTransformer2DModel", "pixart": "PixArtTransformer2DModel",
 
 
 def export_model(recipe: Recipe, model: nn.Module, folder: Path, **options: bool) -> None:
-    multiplier = model.get_submodule(READOUTS[recipe.model.family]).multiplier
+    multiplier = model.get_submodule(models.family_of(recipe.model).readout).multiplier
     assert multiplier not in (0, 1)
     export(recipe, model.state_dict(), multiplier, folder, **options)
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from megadit import models
 from megadit.interop.commands import export_command, load_published_command
-from megadit.interop.diffusers import use_published_timesteps
 from megadit.interop.published import load_published, read_published
-from megadit.models.dit import DiT
-from megadit.models.pixart import PixArt
-from megadit.recipe import DiTModel, PixArtModel, dump
+from megadit.models.dit import DiT, DiTConfig
+from megadit.models.dit.diffusers import use_published_timesteps
+from megadit.models.pixart import PixArt, PixArtConfig
+from megadit.recipe import dump
 
 PUBLISHED = {
-    "dit": DiTModel(width=72, depth=28),
-    "pixart": PixArtModel(width=72, depth=28, text_dim=16),
+    "dit": DiTConfig(width=72, depth=28),
+    "pixart": PixArtConfig(width=72, depth=28, text_dim=16),
 }
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
 
 
 def test_only_positions_may_be_missing(tmp_path: Path) -> None:
-    model = PixArt(PixArtModel(width=32, depth=1, head_dim=8, text_dim=8, input_size=8))
+    model = PixArt(PixArtConfig(width=32, depth=1, head_dim=8, text_dim=8, input_size=8))
     positions = model.pos_embed.clone()
     state = weights(model, seed=1)
     del state["pos_embed"]
@@ -123,7 +123,7 @@ def test_only_positions_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_width_is_named(tmp_path: Path) -> None:
-    narrow, wide = (DiT(DiTModel(width=width, depth=1, head_dim=8, input_size=8)) for width in (32, 64))
+    narrow, wide = (DiT(DiTConfig(width=width, depth=1, head_dim=8, input_size=8)) for width in (32, 64))
     torch.save(wide.state_dict(), tmp_path / "wide.pt")
     before = narrow.x_embedder.proj.bias.clone()
     with pytest.raises(ValueError, match=r"21 have another shape \(pos_embed is \[1, 16, 64\], not \[1, 16, 32"):
@@ -162,7 +162,7 @@ def test_from_a_published_checkpoint_to_diffusers(
 
 def test_commands_refuse_what_they_cannot_do(make_recipe: Callable, tmp_path: Path) -> None:
     (tmp_path / "mmdit.yaml").write_text(dump(make_recipe("mmdit")))
-    with pytest.raises(ValueError, match="no published checkpoints of our MMDiT"):
+    with pytest.raises(ValueError, match="no published checkpoints of model.family mmdit.*one of dit, pixart"):
         load_published_command(str(tmp_path / "mmdit.yaml"), tmp_path / "x.pt", tmp_path / "out")
     with pytest.raises(ValueError, match="not a run folder"):
         export_command(tmp_path, tmp_path / "out")

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from megadit import models
 from megadit.kernels import in_use
-from megadit.recipe import DiTModel, MMDiTModel, PixArtModel
+from megadit.models.dit import DiTConfig
+from megadit.models.mmdit import MMDiTConfig
+from megadit.models.pixart import PixArtConfig
 
 SMALL = {"input_size": 8, "patch_size": 4, "width": 32, "depth": 1}
 MODELS = {
-    "dit": DiTModel(**SMALL, head_dim=16, num_classes=3),
-    "pixart": PixArtModel(**SMALL, head_dim=16, text_dim=8),
-    "mmdit": MMDiTModel(**SMALL, head_dim=16, text_dim=8, pooled_dim=8),
+    "dit": DiTConfig(**SMALL, head_dim=16, num_classes=3),
+    "pixart": PixArtConfig(**SMALL, head_dim=16, text_dim=8),
+    "mmdit": MMDiTConfig(**SMALL, head_dim=16, text_dim=8, pooled_dim=8),
 }
 FUNCTIONS = {"_SigmoidGeluBackward": "gelu_tanh", "_JointQKVBackward": "joint_qkv"}
 
@@ -27,10 +29,11 @@ def test_kernels_in_use_are_those_that_ran(family: str) -> None:
         "pooled": torch.randn(2, 8),
     }
     x = torch.randn(2, config.in_channels, 8, 8)
-    conditions = {name: columns[name] for name in models.CONDITIONS[family]}
+    conditions = {name: columns[name] for name in config.conditions.columns}
     y = models.build(config)(x, torch.zeros(2), dropped_B=torch.tensor([False, False]), **conditions)
-    assert in_use(family, "cpu", compiled=False) == sorted(_ours(y))
-    assert in_use(family, "cpu", compiled=True) == []
+    called = models.family_of(config).kernels
+    assert in_use(called, "cpu", compiled=False) == sorted(_ours(y))
+    assert in_use(called, "cpu", compiled=True) == []
 
 
 def _ours(y: Tensor) -> set[str]:

@@ -7,23 +7,24 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadit.interop.diffusers import peer, use_published_timesteps
+from megadit.interop.diffusers import peer
 from megadit.interop.layouts import from_diffusers, to_diffusers
-from megadit.models.dit import DiT, num_flops
-from megadit.recipe import DiTModel
+from megadit.models.dit import DiT, DiTConfig
+from megadit.models.dit.diffusers import use_published_timesteps
+from megadit.models.dit.model import num_flops
 
 CONFIGS = {
-    "published timesteps": DiTModel(input_size=8, in_channels=4, patch_size=2, width=64, depth=2, head_dim=16),
-    "diffusers timesteps": DiTModel(
+    "published timesteps": DiTConfig(input_size=8, in_channels=4, patch_size=2, width=64, depth=2, head_dim=16),
+    "diffusers timesteps": DiTConfig(
         input_size=16, in_channels=3, patch_size=4, width=96, depth=3, head_dim=32, timestep_freq_shift=1
     ),
-    "no sigma": DiTModel(
+    "no sigma": DiTConfig(
         input_size=5, in_channels=2, patch_size=1, width=32, depth=2, head_dim=8, num_classes=7, learn_sigma=False
     ),
 }
 
 
-def random_model(config: DiTModel) -> DiT:
+def random_model(config: DiTConfig) -> DiT:
     """A model in which no weight is at a value that hides a mistake (0 or 1)."""
     torch.manual_seed(0)
     model = DiT(config)
@@ -33,12 +34,12 @@ def random_model(config: DiTModel) -> DiT:
     return model
 
 
-def random_batch(config: DiTModel, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(config: DiTConfig, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
     return x, torch.randint(0, 1000, (batch,)), torch.randint(0, config.num_classes, (batch,))
 
 
-def matching_pair(config: DiTModel) -> tuple[DiT, DiTTransformer2DModel]:
+def matching_pair(config: DiTConfig) -> tuple[DiT, DiTTransformer2DModel]:
     """Both models with the same weights; theirs has its copies of the embeddings tied, so that gradients add up."""
     ours, theirs = random_model(config), peer(config).eval()  # in training mode it would drop labels by itself
     theirs.load_state_dict(to_diffusers(config, ours.state_dict()))
@@ -50,7 +51,7 @@ def matching_pair(config: DiTModel) -> tuple[DiT, DiTTransformer2DModel]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_forward_and_gradients_equal_diffusers(config: DiTModel) -> None:
+def test_forward_and_gradients_equal_diffusers(config: DiTConfig) -> None:
     ours, theirs = matching_pair(config)
     x, timestep, labels = random_batch(config, batch=4)
     dropped = torch.tensor([False, True, False, True])
@@ -92,7 +93,7 @@ def test_timestep_frequencies_of_diffusers_are_not_the_published_ones() -> None:
 
 
 def test_state_dict_has_the_names_of_the_published_checkpoint() -> None:
-    state = DiT(DiTModel(width=72, depth=28)).state_dict()
+    state = DiT(DiTConfig(width=72, depth=28)).state_dict()
     assert len(state) == 292  # DiT/width288_d28.bsh of ML-GSAI/Scaling-Diffusion-Transformers-muP
     blocks = {name.partition(".")[2].partition(".")[2] for name in state if name.startswith("blocks.")}
     modules = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
@@ -157,7 +158,7 @@ def test_wrong_input_is_named() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_num_flops_is_what_runs(config: DiTModel) -> None:
+def test_num_flops_is_what_runs(config: DiTConfig) -> None:
     x, timestep, labels = random_batch(config, batch=1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         DiT(config)(x, timestep, labels=labels)

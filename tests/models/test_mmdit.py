@@ -14,23 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadit import models
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import to_diffusers
-from megadit.models.mmdit import MMDiT, patchify, unpatchify
-from megadit.recipe import MMDiTModel
+from megadit.models.mmdit import MMDiT, MMDiTConfig
+from megadit.models.mmdit.model import patchify, unpatchify
 
 CONFIGS = {
-    "pixels": MMDiTModel(
+    "pixels": MMDiTConfig(
         input_size=16, in_channels=3, patch_size=4, width=64, depth=2, head_dim=32, text_dim=24, pooled_dim=20
     ),
-    "latents": MMDiTModel(
+    "latents": MMDiTConfig(
         input_size=8, in_channels=4, patch_size=2, width=96, depth=3, head_dim=16, text_dim=17, pooled_dim=33
     ),
-    "one block": MMDiTModel(
+    "one block": MMDiTConfig(
         input_size=6, in_channels=1, patch_size=1, width=16, depth=1, head_dim=16, text_dim=8, pooled_dim=8
     ),
 }
 
 
-def random_model(config: MMDiTModel, seed: int = 0) -> MMDiT:
+def random_model(config: MMDiTConfig, seed: int = 0) -> MMDiT:
     """A model in which no weight is at a value that hides a mistake (0 or 1)."""
     torch.manual_seed(seed)
     model = MMDiT(config)
@@ -41,7 +41,7 @@ def random_model(config: MMDiTModel, seed: int = 0) -> MMDiT:
     return model
 
 
-def random_batch(config: MMDiTModel, batch: int, length: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def random_batch(config: MMDiTConfig, batch: int, length: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
     conditions = {
         "text": torch.randn(batch, length, config.text_dim),
@@ -51,7 +51,7 @@ def random_batch(config: MMDiTModel, batch: int, length: int) -> tuple[Tensor, T
     return x, 1000 * torch.rand(batch), conditions
 
 
-def matching_pair(config: MMDiTModel) -> tuple[MMDiT, SD3Transformer2DModel]:
+def matching_pair(config: MMDiTConfig) -> tuple[MMDiT, SD3Transformer2DModel]:
     ours, theirs = random_model(config), peer(config)
     missing, unexpected = theirs.load_state_dict(to_diffusers(config, ours.state_dict()), strict=False)
     assert missing == ["pos_embed.pos_embed"], missing  # the sine-cosine table is a buffer there
@@ -61,7 +61,7 @@ def matching_pair(config: MMDiTModel) -> tuple[MMDiT, SD3Transformer2DModel]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("length", [1, 7])
-def test_forward_and_gradients_equal_diffusers(config: MMDiTModel, length: int) -> None:
+def test_forward_and_gradients_equal_diffusers(config: MMDiTConfig, length: int) -> None:
     ours, theirs = matching_pair(config)
     x, t, conditions = random_batch(config, batch=3, length=length)
     y = ours(x, t, **conditions)
@@ -202,7 +202,7 @@ def test_other_aspect_ratios_equal_diffusers(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_num_flops_is_what_runs(config: MMDiTModel) -> None:
+def test_num_flops_is_what_runs(config: MMDiTConfig) -> None:
     x, t, conditions = random_batch(config, batch=1, length=7)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         MMDiT(config)(x, t, **conditions)

@@ -12,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import from_diffusers, to_diffusers
-from megadit.models.pixart import PixArt, num_flops
-from megadit.recipe import PixArtModel
+from megadit.models.pixart import PixArt, PixArtConfig
+from megadit.models.pixart.model import num_flops
 
 CONFIGS = {
-    "latents": PixArtModel(
+    "latents": PixArtConfig(
         input_size=8, in_channels=4, patch_size=2, width=64, depth=2, head_dim=16, text_dim=24, max_text_tokens=12
     ),
-    "pixels": PixArtModel(
+    "pixels": PixArtConfig(
         input_size=16, in_channels=3, patch_size=4, width=96, depth=3, head_dim=32, text_dim=17, max_text_tokens=9
     ),
-    "no sigma": PixArtModel(
+    "no sigma": PixArtConfig(
         input_size=5,
         in_channels=2,
         patch_size=1,
@@ -36,7 +36,7 @@ CONFIGS = {
 }
 
 
-def random_model(config: PixArtModel) -> PixArt:
+def random_model(config: PixArtConfig) -> PixArt:
     """A model in which no weight is at a value that hides a mistake (0 or 1)."""
     torch.manual_seed(0)
     model = PixArt(config)
@@ -47,19 +47,19 @@ def random_model(config: PixArtModel) -> PixArt:
     return model
 
 
-def random_batch(config: PixArtModel, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(config: PixArtConfig, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
     return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, length, config.text_dim)
 
 
-def matching_pair(config: PixArtModel) -> tuple[PixArt, PixArtTransformer2DModel]:
+def matching_pair(config: PixArtConfig) -> tuple[PixArt, PixArtTransformer2DModel]:
     ours, theirs = random_model(config), peer(config)
     theirs.load_state_dict(to_diffusers(config, ours.state_dict()))
     return ours, theirs
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_forward_and_gradients_equal_diffusers(config: PixArtModel) -> None:
+def test_forward_and_gradients_equal_diffusers(config: PixArtConfig) -> None:
     ours, theirs = matching_pair(config)
     x, timestep, text = random_batch(config, batch=4, length=7)
     lengths, dropped = torch.tensor([7, 3, 1, 6]), torch.tensor([False, True, False, True])
@@ -137,13 +137,13 @@ def test_a_dropped_caption_matters_only_by_its_length() -> None:
 def test_null_caption_is_fixed_and_of_the_published_size() -> None:
     first, second = (PixArt(CONFIGS["latents"]).y_embedder.y_embedding for _ in range(2))
     assert torch.equal(first, second)
-    published = PixArt(PixArtModel(width=72, depth=1)).y_embedder.y_embedding
+    published = PixArt(PixArtConfig(width=72, depth=1)).y_embedder.y_embedding
     assert published.shape == (120, 4096)
     assert published.std().item() == pytest.approx(4096**-0.5, rel=0.01)
 
 
 def test_state_dict_has_the_names_of_the_published_checkpoint() -> None:
-    model = PixArt(PixArtModel(width=72, depth=28, text_dim=16))
+    model = PixArt(PixArtConfig(width=72, depth=28, text_dim=16))
     assert len(list(model.parameters())) == 435  # PixArt-alpha/L28_width288.bsh of ML-GSAI
     state = model.state_dict()
     blocks = {name.partition(".")[2].partition(".")[2] for name in state if name.startswith("blocks.")}
@@ -213,7 +213,7 @@ def test_wrong_input_is_named() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_num_flops_is_what_runs(config: PixArtModel) -> None:
+def test_num_flops_is_what_runs(config: PixArtConfig) -> None:
     x, timestep, text = random_batch(config, batch=1, length=7)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         PixArt(config)(x, timestep, text=text, text_lengths=torch.tensor([4]))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from megadit.batch import Batch
+from megadit.models.dit import DiTConfig
 from megadit.objectives.ddpm import DDPM, log_likelihood
-from megadit.recipe import DDPMObjective, DiTModel
+from megadit.recipe import DDPMObjective
 
-CONFIG = DiTModel(input_size=8, in_channels=3, width=72, num_classes=10)
+CONFIG = DiTConfig(input_size=8, in_channels=3, width=72, num_classes=10)
 DROPOUT = 0.25
 CPU = torch.device("cpu")
 TIMESTEPS = [0, 0, 1, 1, 2, 17, 100, 250, 500, 731, 998, 999]

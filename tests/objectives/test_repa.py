@@ -17,8 +17,9 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
+from megadit.models.mmdit import MMDiTConfig
 from megadit.objectives.repa import Alignment
-from megadit.recipe import MMDiTModel, RepaLoss
+from megadit.recipe import RepaLoss
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
 CPU = torch.device("cpu")
@@ -42,10 +43,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def model(**changes: object) -> MMDiTModel:
+def model(**changes: object) -> MMDiTConfig:
     settings: dict[str, object] = {"input_size": 16, "in_channels": 3, "patch_size": 4, "width": 64, "depth": 2}
     repa = {"block": 1, "feature_dim": 24}
-    return MMDiTModel.model_validate(settings | {"repa": repa} | changes)
+    return MMDiTConfig.model_validate(settings | {"repa": repa} | changes)
 
 
 def alignment(folder: Path, **changes: object) -> Alignment:

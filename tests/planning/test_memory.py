@@ -74,7 +74,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        conditions = {name: getattr(batch, name) for name in models.CONDITIONS[recipe.model.family]}
+        conditions = {name: getattr(batch, name) for name in recipe.model.conditions.columns}
         model(batch.images, batch.timestep_uniform, **conditions)
     found = sum(storage.nbytes() for storage in kept.values())
     assert 3 * activation_bytes(recipe, TOKENS) == pytest.approx(found, rel=0.04)  # of one sample, some are views

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megadit.batch import TENSORS
 from megadit.data import sa1b_like
 from megadit.data.autoencoder import Autoencoder
-from megadit.batch import TENSORS
 from megadit.data.captions import CaptionTable
 from megadit.data.indexing.dataset import index
 from megadit.data.packing.pack import pack

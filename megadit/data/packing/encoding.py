@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megadit.data.autoencoder import Autoencoder
 from megadit.batch import TextFeatures
+from megadit.data.autoencoder import Autoencoder
 from megadit.data.manifest import (
     CAPTION,
     LATENT,

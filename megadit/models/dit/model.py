@@ -8,6 +8,7 @@ Shapes: B samples, T image tokens, D width.
 import torch
 from torch import Tensor, nn
 
+from megadit.models.dit.config import DiTConfig
 from megadit.models.layers import (
     MLP,
     SINUSOID_CHANNELS,
@@ -22,7 +23,6 @@ from megadit.models.layers import (
     modulate,
     patch_grid,
 )
-from megadit.recipe import DiTModel
 
 
 class DiT(nn.Module):
@@ -34,7 +34,7 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: DiTModel) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, config.width)
@@ -84,7 +84,7 @@ class LabelEmbedder(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP, each between a modulated layer norm and a gate that the condition sets."""
 
-    def __init__(self, config: DiTModel) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.width
         self.attn = SelfAttention(width, config.head_dim)
@@ -111,7 +111,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x_BTD, shift, scale))
 
 
-def num_flops(config: DiTModel, num_text_tokens: int) -> int:
+def num_flops(config: DiTConfig, num_text_tokens: int) -> int:
     """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two.
 
     There is no text: `num_text_tokens` has no influence.

@@ -21,7 +21,7 @@ from megadit.models.layers import (
     patch_grid,
     timestep_sinusoid,
 )
-from megadit.recipe import MMDiTModel
+from megadit.models.mmdit.config import MMDiTConfig
 
 
 class MMDiT(nn.Module):
@@ -30,7 +30,7 @@ class MMDiT(nn.Module):
     Weights come from `megadit.parametrization`; a fresh instance has torch's defaults.
     """
 
-    def __init__(self, config: MMDiTModel) -> None:
+    def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
         width, patch_features = config.width, config.in_channels * config.patch_size**2
@@ -117,10 +117,10 @@ class JointBlock(nn.Module):
     The last block `ends_text`: there, text gives keys and values to the image and goes no further.
     """
 
-    def __init__(self, config: MMDiTModel, *, ends_text: bool) -> None:
+    def __init__(self, config: MMDiTConfig, *, ends_text: bool) -> None:
         super().__init__()
-        self.image = Stream(config, ends_here=False)
-        self.text = Stream(config, ends_here=ends_text)
+        self.image = Modality(config, ends_here=False)
+        self.text = Modality(config, ends_here=ends_text)
         self.qk_norm = JointQKNorm(config.head_dim)
 
     def forward(
@@ -154,13 +154,13 @@ class JointQKNorm(nn.Module):
         return joint_qkv(image_qkv, text_qkv, image_weights, text_weights)
 
 
-class Stream(nn.Module):
+class Modality(nn.Module):
     """The weights of one kind of token in a block; where the stream ends, only those that feed the attention.
 
     (Even there the queries are computed, as in SD3: their weights are idle.)
     """
 
-    def __init__(self, config: MMDiTModel, *, ends_here: bool) -> None:
+    def __init__(self, config: MMDiTConfig, *, ends_here: bool) -> None:
         super().__init__()
         width = config.width
         self.ends_here = ends_here
@@ -195,7 +195,7 @@ def unpatchify(x_BTF: Tensor, channels: int, patch_size: int, grid: tuple[int, i
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def num_flops(config: MMDiTModel, num_text_tokens: int) -> int:
+def num_flops(config: MMDiTConfig, num_text_tokens: int) -> int:
     """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two."""
     D, T, L = config.width, (config.input_size // config.patch_size) ** 2, num_text_tokens
     patch_features = config.in_channels * config.patch_size**2

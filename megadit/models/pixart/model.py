@@ -24,8 +24,8 @@ from megadit.models.layers import (
     modulate,
     patch_grid,
 )
+from megadit.models.pixart.config import PixArtConfig
 from megadit.randomness import named_generator
-from megadit.recipe import PixArtModel
 
 
 class PixArt(nn.Module):
@@ -37,7 +37,7 @@ class PixArt(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: PixArtModel) -> None:
+    def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -103,7 +103,7 @@ class CaptionEmbedder(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP with modulated layer norms and gates, and between them cross-attention without either."""
 
-    def __init__(self, config: PixArtModel) -> None:
+    def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         width = config.width
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
@@ -148,7 +148,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x_BTD, shift, scale))
 
 
-def num_flops(config: PixArtModel, num_text_tokens: int) -> int:
+def num_flops(config: PixArtConfig, num_text_tokens: int) -> int:
     """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two."""
     D, T, L, p = config.width, (config.input_size // config.patch_size) ** 2, num_text_tokens, config.patch_size
     self_attention_and_mlp = T * (4 + 2 * config.mlp_ratio) * D * D + 2 * T * T * D
