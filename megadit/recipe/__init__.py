@@ -1,12 +1,11 @@
 """The recipe: one YAML file, one frozen tree, everything that a run is a function of."""
 
+from megadit.recipe.comparison import Differences, differences, is_free
 from megadit.recipe.loading import (
     RECIPE_FOLDER,
     RecipeError,
     all_presets,
-    differences,
     dump,
-    is_free,
     load,
     parse,
     resolve,
@@ -35,6 +34,7 @@ __all__ = [
     "RECIPE_FOLDER",
     "DDPMObjective",
     "Data",
+    "Differences",
     "Encoders",
     "Evaluation",
     "EvaluationMetric",

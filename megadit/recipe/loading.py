@@ -26,28 +26,6 @@ class RecipeError(ValueError):
     """A recipe that cannot be used: what was wrong, where, and what is allowed."""
 
 
-# Keys that may change between a run and its continuation: they have no effect on the trajectory.
-FREE_KEYS = (
-    "engine",
-    "provenance",
-    "checkpoints",
-    "eval",
-    "data.url",
-    "data.validation_url",
-    "data.num_workers",
-    "data.memory_mb",
-    "data.cache_folder",
-    "data.cache_gb",
-    "data.client",
-    "data.max_corrupt_share",
-    "encoders.sharded",
-    "training.micro_batch_size",
-    "training.log_every_steps",
-    "training.max_skipped_steps",
-    "training.stall_seconds",
-)
-
-
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Load the recipe `source` (a shipped name or a path) with `key.sub=value` overrides.
 
@@ -102,28 +80,6 @@ def resolve(source: str | Path) -> Path:
         return RECIPE_FOLDER / f"{source}.yaml"
     shipped = sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml"))
     raise RecipeError(f"no recipe {str(source)!r}: give the path of a .yaml file or one of {', '.join(shipped)}")
-
-
-def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, mapped to (old, new)."""
-    flat_old, flat_new = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    keys = sorted(flat_old.keys() | flat_new.keys())
-    return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
-
-
-def is_free(key: str) -> bool:
-    """Whether a dotted key may change when a run is resumed."""
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Man
         require_same_recipe(there, recipe, str(run))
         require_same_data(run, manifest)
         if changed := recipes.differences(there, recipe):
-            logger.info("these keys are free and were changed: %s", _shown(changed))
+            logger.info("these keys are free and were changed: %s", changed)
     _write(run / "recipe.yaml", recipes.dump(recipe))
     _write(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
     _write(run / "data.json", manifest.dump().decode())
@@ -64,11 +64,10 @@ def load_manifest(run: Path) -> Manifest:
 def require_same_recipe(there: Recipe, here: Recipe, place: str) -> None:
     """Raise ValueError, naming the keys, unless a run of the recipe `there` is one that `here` goes on with."""
     changed = recipes.differences(there, here)
-    free = {key: values for key, values in changed.items() if recipes.is_free(key)}
-    if matter := {key: values for key, values in changed.items() if key not in free}:
-        aside = f" (these are free and were changed, too: {_shown(free)})" if free else ""
+    if changed.matter:
+        aside = f" (these are free and were changed, too: {changed.free})" if changed.free else ""
         raise ValueError(
-            f"{place} holds a run of another recipe; these keys make it another run: {_shown(matter)}{aside}; "
+            f"{place} holds a run of another recipe; these keys make it another run: {changed.matter}{aside}; "
             f"go on with the recipe that it has, or begin anew in another --run"
         )
 
@@ -78,10 +77,6 @@ def require_same_data(run: Path, manifest: Manifest) -> None:
     old, new = load_manifest(run).fingerprint, manifest.fingerprint
     if old != new:
         raise ValueError(f"{run} was trained on other data: fingerprint {old[:12]} there, {new[:12]} now")
-
-
-def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
 
 
 def _environment() -> dict[str, Any]:

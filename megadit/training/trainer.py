@@ -77,8 +77,7 @@ def require_one_recipe(recipe: Recipe) -> None:
 
     def compare() -> None:
         if changed := differences(first, recipe):
-            shown = "; ".join(f"{key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in changed.items())
-            raise ValueError(f"rank {rank()} was started with another recipe than rank 0 ({shown})")
+            raise ValueError(f"rank {rank()} was started with another recipe than rank 0 ({changed})")
 
     on_every_rank(compare)
 

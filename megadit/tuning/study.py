@@ -233,8 +233,8 @@ def value_at(recipe: Recipe, key: str) -> Any:
 
 
 def _check_same(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[str, Any]) -> None:
-    changed = recipes.differences(recipes.load(folder / RECIPE_NAME), recipe)
-    matter = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items() if not recipes.is_free(key)]
+    changed = recipes.differences(recipes.load(folder / RECIPE_NAME), recipe).matter
+    matter = [str(changed)] if changed else []
     facts = _read_facts(folder)
     if facts["metric"] != metric:
         matter.append(f"metric: {facts['metric']} there, {metric} now")

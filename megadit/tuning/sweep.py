@@ -247,8 +247,7 @@ def _check_run(trial: Trial) -> None:
     """Raise ValueError when the trial's folder holds a run of another recipe."""
     if not (trial.run / "recipe.yaml").exists():
         return
-    changed = recipes.differences(run_folder.load_recipe(trial.run), trial.recipe)
-    if matter := [key for key in changed if not recipes.is_free(key)]:
+    if matter := recipes.differences(run_folder.load_recipe(trial.run), trial.recipe).matter:
         raise ValueError(f"{trial.run} holds a run of another recipe ({', '.join(matter)} differ); remove it")
 
 

@@ -178,8 +178,8 @@ def test_ranks_that_disagree_do_not_start(
     with pytest.raises(ExceptionGroup) as caught:
         run_ranks("disagree.py", 2, recipes=recipes, run=tmp_path / "run")
     message = (
-        r"rank 1 was started with another recipe than rank 0 \(data\.num_workers: 0 there, 1 here; "
-        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 here\)"
+        r"rank 1 was started with another recipe than rank 0 \(data\.num_workers: 0 there, 1 now; "
+        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now\)"
     )
     assert caught.group_contains(ValueError, match=message)
     assert len(caught.value.exceptions) == 2

@@ -108,11 +108,9 @@ class Copies:
 
     def _check_same_recipe(self) -> None:
         there = recipes.parse(yaml.safe_load(self._store.get(RECIPE)), self._store.url(RECIPE))
-        changed = {k: v for k, v in recipes.differences(there, self._recipe).items() if not recipes.is_free(k)}
-        if changed:
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+        if matter := recipes.differences(there, self._recipe).matter:
             raise CheckpointError(
-                f"the copies at {self._store.url()} are of another recipe ({shown}); give another checkpoints.copy_url"
+                f"the copies at {self._store.url()} are of another recipe ({matter}); give another checkpoints.copy_url"
             )
 
 
