@@ -10,10 +10,12 @@ def parse_power(value: Any) -> Any:
     """Read `2^-10` as 2.0 ** -10, so that recipes can state learning rates as the papers do."""
     if isinstance(value, str):
         if match := re.fullmatch(r"\s*([\d.]+)\s*(?:\^|\*\*)\s*([-+]?[\d.]+)\s*", value):
-            return float(match[1]) ** float(match[2])
+            base, exponent = match.groups()
+        else:
+            base, exponent = value, "1"
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
-        except ValueError:
+            return float(base) ** float(exponent)
+        except (ValueError, ArithmeticError):  # no number, or none that is finite: the schema says so
             return value
     return value
 

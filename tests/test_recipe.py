@@ -95,13 +95,69 @@ def test_powers(base: Path, text: str, value: float):
         ("model.width", "override 'model.width' is not of the form key.sub=value"),
         ("=1", "override '=1' is not of the form key.sub=value"),
         ("name.first=1", "override 'name.first=1': name is a value, not a section"),
-        ("model.width=[", "override 'model.width=[': not a YAML value"),
+        ("model.width=[", "override 'model.width=[': not valid YAML"),
     ],
 )
 def test_errors_say_what_and_where(base: Path, override: str, message: str):
     with pytest.raises(RecipeError) as error:
         load(base, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=yes", "optimizer.lr = 'yes': Input should be a valid number"),
+        ("optimizer.lr=true", "optimizer.lr = True: must be a number"),
+        ("optimizer.lr=0^-1", "optimizer.lr = '0^-1': Input should be a valid number"),
+        ("training.batch_size=0640", "training.batch_size = '0640': must be a whole number, without zeros before it"),
+        ("training.batch_size=1:20", "training.batch_size = '1:20': Input should be a valid integer"),
+        ("optimizer.max_grad_norm=no", "; null turns it off"),
+        (
+            "engine.activation_checkpointing=off",
+            "engine.activation_checkpointing = 'off': Input should be 'none', 'selective' or 'full', or Input should",
+        ),
+        ("imports=[no_such_module]", "imports: cannot import 'no_such_module'"),
+    ],
+)
+def test_what_looks_like_a_number_or_a_switch(base: Path, override: str, message: str):
+    """PyYAML has 1.1's booleans, octal and sexagesimal numbers, and pydantic takes a boolean for a number."""
+    with pytest.raises(RecipeError) as error:
+        load(base, [override])
+    assert message in str(error.value)
+
+
+def test_switches_may_be_yes_and_no(base: Path):
+    assert load(base, ["engine={kind: fsdp, compile: yes}"]).engine.compile
+    assert load(base, ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\noptimizer: {lr: 1}\nseed: 1\noptimizer: {lr: 2}\n", "'optimizer' is there twice, in lines 2 and 4"),
+        ("optimizer:\n  lr: 1\n  lr: 2\n", "'lr' is there twice, in lines 2 and 3"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, text: str, message: str):
+    with pytest.raises(RecipeError, match=message):
+        load(write(tmp_path / "recipe.yaml", text))
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml: not UTF-8: .* at byte 9"):
+        load(path)
+
+
+def test_a_preset_replaces_what_was_stated_before_it_and_no_more(tmp_path: Path):
+    write(tmp_path / "parent.yaml", yaml.safe_dump(TREE | {"model": {"preset": "DiT-XL/2", "learn_sigma": False}}))
+    child = write(tmp_path / "child.yaml", "extends: parent.yaml\nmodel: {preset: DiT-S/2, depth: 3}\n")
+    sizes = {"width": 384, "depth": 3, "head_dim": 64, "learn_sigma": False}
+    assert load(child).model.model_dump().items() >= sizes.items()
+    large = load(child, ["model.width=64", "model.preset=DiT-B/4", "model.depth=5"]).model
+    assert (large.width, large.patch_size, large.depth, large.learn_sigma) == (768, 4, 5, False)
 
 
 def test_missing_keys_are_named(base: Path):

@@ -7,7 +7,7 @@ allowed.
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -18,12 +18,9 @@ from pydantic import BaseModel, ValidationError
 from megadit.models import FAMILIES
 from megadit.node import Node
 from megadit.recipe.schema import SECTIONS, Recipe
+from megadit.recipe.yaml_file import RecipeError, read_yaml, read_yaml_file
 
 RECIPE_FOLDER = Path(str(files("megadit.recipes")))
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used: what was wrong, where, and what is allowed."""
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -41,13 +38,12 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Validate a plain tree, as read from YAML; the modules that it imports are imported."""
     tree = dict(tree)
     _import_modules(tree.get("imports"), source)
-    _apply_preset(tree)
     stated, lines = dict(tree), []
     for name in SECTIONS.keys() & tree.keys():
         try:
             tree[name] = _validated_section(name, tree[name])
         except ValidationError as error:
-            lines += [_explain(item, (name, *item["loc"]), stated) for item in error.errors()]
+            lines += _explain([item | {"loc": (name, *item["loc"])} for item in error.errors()], stated)
         except RecipeError as error:
             lines.append(str(error))
         else:
@@ -55,11 +51,12 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         del tree[name]
     try:
         recipe = Recipe.model_validate(tree)
+        lines += _lookalikes(stated, recipe.model_dump())
     except ValidationError as error:
         left_out = [(name,) for name in stated.keys() - tree.keys()]
         # A check of the whole has nothing to say of one that lacks a section.
         items = [item for item in error.errors() if item["loc"] not in left_out and (item["loc"] or not lines)]
-        lines += [_explain(item, item["loc"], stated) for item in items]
+        lines += _explain(items, stated)
     if lines:
         raise RecipeError(f"{source}: " + "; ".join(lines))
     return recipe
@@ -87,13 +84,12 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             f"{path}: recipes extend each other in a circle: {' -> '.join(p.name for p in (*seen, path))}"
         )
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml_file(path)
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping, not {type(tree).__name__}")
     parent = tree.pop("extends", None)
+    _import_modules(tree.get("imports"), str(path))
+    _apply_preset(tree)
     if parent is None:
         return tree
     is_file = Path(str(parent)).suffix in (".yaml", ".yml")
@@ -120,10 +116,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: not a YAML value: {error}") from None
+    node[leaf] = read_yaml(text, f"override {override!r}")
+    if key == "imports":
+        _import_modules(node[leaf], f"override {override!r}")
+    if key == "model.preset":
+        tree["model"] |= preset_settings(tree["model"].pop("preset"))
 
 
 def _import_modules(names: Any, source: str) -> None:
@@ -138,16 +135,24 @@ def _import_modules(names: Any, source: str) -> None:
 
 
 def _apply_preset(tree: dict[str, Any]) -> None:
-    """Put the settings that `model.preset` stands for below those that the section states itself."""
+    """Put the settings that `model.preset` stands for below those that the section states beside it.
+
+    What another file stated before them, which this one extends, they replace: later wins.
+    """
     model = tree.get("model")
-    if not isinstance(model, dict) or "preset" not in model:
-        return
-    name, presets = model["preset"], all_presets()
+    if isinstance(model, dict) and "preset" in model:
+        own = {key: value for key, value in model.items() if key != "preset"}
+        tree["model"] = preset_settings(model["preset"]) | own
+
+
+def preset_settings(name: Any) -> dict[str, Any]:
+    """What a preset stands for in the `model` section. Raises RecipeError for an unknown one."""
+    presets = all_presets()
     if name not in presets:
         close = difflib.get_close_matches(str(name), presets, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(presets)}"
         raise RecipeError(f"unknown model.preset {name!r}; {hint}")
-    tree["model"] = presets[name] | {key: value for key, value in model.items() if key != "preset"}
+    return presets[name]
 
 
 def all_presets() -> dict[str, dict[str, Any]]:
@@ -171,26 +176,68 @@ def _validated_section(name: str, given: Any) -> Node:
     return kinds[kind].model_validate(given)
 
 
-def _explain(item: Any, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
-    """One line for one pydantic error: the path, the value, and what is allowed."""
-    path = ".".join(str(part) for part in location)
+def _lookalikes(given: Any, read: Any, path: str = "") -> list[str]:
+    """What pydantic takes for a number and a person would not: booleans, and text (0640) for a whole number."""
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        pairs = [(f"{path}.{key}".removeprefix("."), value, read.get(key)) for key, value in given.items()]
+    elif isinstance(given, list | tuple) and isinstance(read, list | tuple):
+        pairs = [(path, *pair) for pair in zip(given, read, strict=False)]
+    elif isinstance(given, bool) and not isinstance(read, bool) and isinstance(read, int | float):
+        return [f"{path} = {given!r}: must be a number"]
+    elif isinstance(given, str) and type(read) is int:
+        return [f"{path} = {given!r}: must be a whole number, without zeros before it"]
+    else:
+        return []
+    return [line for name, ours, theirs in pairs for line in _lookalikes(ours, theirs, name)]
+
+
+def _explain(items: Sequence[Any], tree: Mapping[str, Any]) -> list[str]:
+    """One line for each key that pydantic finds wrong: the path, the value, and what is allowed."""
+    messages: dict[str, list[str]] = {}
+    for item in items:
+        path, message = _explain_one(item, tree)
+        messages.setdefault(path, []).append(message)
+    lines = []
+    for path, said in messages.items():
+        first, *others = dict.fromkeys(said)  # of a key that takes one of several types, each has something to say
+        lines.append(path + first + "".join(f", or {other.partition(': ')[2]}" for other in others))
+    return lines
+
+
+def _explain_one(item: Any, tree: Mapping[str, Any]) -> tuple[str, str]:
+    """The path of an error, and the rest of its line."""
+    keys = _keys(item["loc"], tree, item["type"] == "missing")
+    path, node = ".".join(keys), _node_at(keys[:-1], tree)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], tree)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        known = list(node.model_fields)
+        close = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {path!r}; {hint}"
+        return f"unknown key {path!r}", f"; {hint}"
     if item["type"] == "missing":
-        return f"{path} is missing"
+        return path, " is missing"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path} = {item['input']!r}: {message}"
+        return path, f": {message}" if path else message
+    field = node.model_fields.get(keys[-1]) if keys else None
+    off = "; null turns it off" if field is not None and type(None) in get_args(field.annotation) else ""
+    return path, f" = {item['input']!r}: {message}{off}"
 
 
-def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any]) -> list[str]:
-    """Keys of the section at `location` of the tree."""
+def _keys(location: Sequence[Any], tree: Any, is_missing: bool) -> list[str]:
+    """The keys of pydantic's location of an error; where several types are possible it names types there, too."""
+    found: list[str] = []
+    for index, part in enumerate(location):
+        inside = part in tree if isinstance(tree, Mapping) else isinstance(tree, list) and isinstance(part, int)
+        if inside or (is_missing and index == len(location) - 1):
+            found.append(str(part))
+            tree = tree[part] if inside else None
+    return found
+
+
+def _node_at(keys: Sequence[str], tree: Mapping[str, Any]) -> type[BaseModel]:
+    """The class of the section at `keys` of the tree."""
     node: type[BaseModel] = Recipe
-    for name in map(str, location):
+    for name in keys:
         field = node.model_fields.get(name)
         if field is None:
             break
@@ -200,4 +247,4 @@ def _known_keys(location: tuple[Any, ...], tree: Mapping[str, Any]) -> list[str]
             continue
         candidates = [field.annotation, *get_args(field.annotation)]
         node = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), node)
-    return list(node.model_fields)
+    return node
