@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megadit.eval import units
-from megadit.eval.samplers import Sampler, choose
 from megadit.eval.tasks.task import Record, Task
 from megadit.eval.weights import sha256_of
 from megadit.randomness import named_generator
 from megadit.recipe import GenerationPrecision, Recipe
 from megadit.sampling.generate import class_numbers, default_weights, load_conditioner, load_decoder, load_weights
 from megadit.sampling.guidance import guide
+from megadit.sampling.samplers import Sampler, choose
 from megadit.training import checkpoint, run_folder
 from megadit.training.checkpoint.files import HEADER, images_seen
 from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
@@ -119,7 +119,7 @@ def _prepare(task: Task, run: Path, path: Path, options: Options) -> _Job:
     weights = options.ema or default_weights(path)
     if weights not in kinds:
         raise ValueError(f"checkpoint {path} has no weights {weights!r}; --ema can be one of: {', '.join(kinds)}")
-    sampler = choose(recipe.objective.kind, options.sampler, options.num_steps, options.shift)
+    sampler = choose(recipe.objective, options.sampler, options.num_steps, options.shift)
     if recipe.model.in_channels != 3 and options.vae is None:
         raise ValueError(
             f"the model makes latents of {recipe.model.in_channels} channels: give the autoencoder's folder by --vae"

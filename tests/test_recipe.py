@@ -92,6 +92,10 @@ def test_powers(base: Path, text: str, value: float):
         ("parametrization.base_width=null", "mup needs exactly one of base_shapes and base_width"),
         ("validation.every_images=64", "validation needs data.validation_url"),
         ("checkpoints=null", "checkpoints = None"),
+        (
+            "eval={weights: w, tasks: [{task: prompts, sampler: plms}]}",
+            "eval.tasks.0.sampler: no sampler 'plms': there are ddpm, dpm++, euler, heun",
+        ),
         ("model.width", "override 'model.width' is not of the form key.sub=value"),
         ("=1", "override '=1' is not of the form key.sub=value"),
         ("name.first=1", "override 'name.first=1': name is a value, not a section"),

@@ -7,7 +7,7 @@ import typer
 
 from megadit.eval.score import score
 from megadit.launcher.environment import detect
-from megadit.recipe import GenerationPrecision, LabelOrder, SamplerName
+from megadit.recipe import GenerationPrecision, LabelOrder
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def generate(
         typer.Option(help="For imagenet50k: balanced (50 of a class) or random.  [default: balanced]"),
     ] = None,
     sampler: Annotated[
-        SamplerName | None, typer.Option(help="ddpm or dpm++ for IDDPM, euler or heun for flow.  [default: the first]")
+        str | None, typer.Option(help="ddpm or dpm++ for IDDPM, euler or heun for flow.  [default: the first]")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the sampler.  [default: ddpm 250, dpm++ 20, others 28]")

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from megadit.models import ModelConfig
-from megadit.recipe import RepaLoss
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 # Of ImageNet's pictures in [0, 1], as in the preprocessor_config.json of facebook/dinov2-base.
@@ -24,21 +23,21 @@ LEAST_LENGTH = 1.0
 class Alignment:
     """A frozen DINOv2, fp32, and the loss against it.
 
-    Raises ValueError where `loss.encoder` is not a folder with a DINOv2 of the head's feature dimension, and where the
+    Raises ValueError where `encoder` is not a folder with a DINOv2 of the head's feature dimension, and where the
     model does not work on pixels.
     """
 
-    def __init__(self, loss: RepaLoss, model: ModelConfig, device: torch.device) -> None:
+    def __init__(self, encoder: str, model: ModelConfig, device: torch.device) -> None:
         if model.in_channels != 3:
             raise ValueError(
                 f"objective.repa needs pictures of 3 channels, not model.in_channels {model.in_channels}: "
                 "the image encoder takes pixels, not latents"
             )
-        self._encoder = load_encoder(loss.encoder).to(device)
+        self._encoder = load_encoder(encoder).to(device)
         config = self._encoder.config
         if config.hidden_size != model.feature_dim:
             raise ValueError(
-                f"image encoder {loss.encoder}: it has {config.hidden_size} features, "
+                f"image encoder {encoder}: it has {config.hidden_size} features, "
                 f"model.repa.feature_dim is {model.feature_dim}"
             )
         self._num_tokens = model.num_patches

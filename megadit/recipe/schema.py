@@ -9,6 +9,8 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from megadit.models import FAMILIES, ModelConfig
 from megadit.node import Fraction, Node, PositiveInt, Power
+from megadit.objectives import OBJECTIVES, ObjectiveConfig, sampler_names
+from megadit.objectives.flow import FlowObjective
 from megadit.registry import Registry
 
 
@@ -31,45 +33,6 @@ class Parametrization(Node):
         if self.kind == "mup" and (self.base_shapes is None) == (self.base_width is None):
             raise ValueError("mup needs exactly one of base_shapes and base_width")
         return self
-
-
-class FlowObjective(Node):
-    """Rectified flow with logit-normal timesteps (arXiv 2403.03206, section 3.1)."""
-
-    kind: Literal["flow"] = "flow"
-    logit_mean: float = 0.0
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
-    condition_dropout: Fraction = 0.1
-    num_loss_bins: PositiveInt = 4  # timestep bins whose losses are logged on their own
-    repa: "RepaLoss | None" = None
-
-
-class RepaLoss(Node):
-    """Alignment with a pretrained image encoder (arXiv 2410.06940); the model needs `model.repa`, too."""
-
-    weight: Annotated[Power, Field(ge=0)] = 0.5
-    encoder: str  # folder of a transformers DINOv2 model
-
-
-class DDPMObjective(Node):
-    """Noise prediction with a learned variance: L_simple + L_vlb (arXiv 2102.09672), 1000 steps, linear betas."""
-
-    kind: Literal["ddpm"] = "ddpm"
-    condition_dropout: Fraction = 0.1
-    num_loss_bins: PositiveInt = 4
-
-
-Objective = FlowObjective | DDPMObjective
-
-
-@dataclass(frozen=True)
-class _Kind:
-    config: type[Node]
-
-
-OBJECTIVES: Registry[_Kind] = Registry("objective")
-for _objective in (FlowObjective, DDPMObjective):
-    OBJECTIVES.add(_objective.model_fields["kind"].default, _Kind(_objective))
 
 
 class Data(Node):
@@ -213,7 +176,6 @@ class Validation(Node):
 
 
 TaskName = Literal["geneval", "mjhq", "coco30k", "imagenet50k", "prompts"]
-SamplerName = Literal["ddpm", "dpm++", "euler", "heun"]
 LabelOrder = Literal["balanced", "random"]
 GenerationPrecision = Literal["fp32", "bf16"]
 
@@ -235,12 +197,19 @@ class EvaluationTask(Node):
     prompts_sha256: str | None = None
     images_per_prompt: PositiveInt | None = None
     labels: LabelOrder | None = None
-    sampler: SamplerName | None = None
+    sampler: str | None = None  # of the objective
     num_steps: PositiveInt | None = None
     shift: Annotated[float, Field(gt=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 4.0
     guidance_channels: PositiveInt | None = None
     metrics: tuple[EvaluationMetric, ...] = ()
+
+    @field_validator("sampler")
+    @classmethod
+    def _check_sampler(cls, sampler: str | None) -> str | None:
+        if sampler is not None and sampler not in sampler_names():
+            raise ValueError(f"no sampler {sampler!r}: there are {', '.join(sampler_names())}")
+        return sampler
 
 
 class Evaluation(Node):
@@ -274,7 +243,7 @@ class Recipe(Node):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: SerializeAsAny[ModelConfig]
     parametrization: Parametrization
-    objective: Objective = FlowObjective()
+    objective: SerializeAsAny[ObjectiveConfig] = FlowObjective()
     data: Data
     encoders: Encoders | None = None
     optimizer: Optimizer
@@ -299,7 +268,7 @@ class Recipe(Node):
             raise ValueError("encoders.sharded needs an engine of several ranks; engine.kind is single")
         if self.validation and self.data.validation_url is None:
             raise ValueError("validation needs data.validation_url")
-        _check_model_and_objective(self)
+        self.objective.check_model(self.model)
         return self
 
     @property
@@ -324,18 +293,6 @@ SECTIONS: Mapping[str, Section] = {
     "model": Section("family", FAMILIES),
     "objective": Section("kind", OBJECTIVES),
 }
-
-
-def _check_model_and_objective(recipe: Recipe) -> None:
-    model, objective = recipe.model, recipe.objective
-    channels = 2 if objective.kind == "ddpm" else 1
-    if model.out_channels != channels * model.in_channels:
-        wanted = "needs a model with learn_sigma" if channels == 2 else "needs learn_sigma: false"
-        raise ValueError(f"objective.kind {objective.kind} {wanted} (family {model.family})")
-    has_head = model.feature_dim is not None
-    has_loss = objective.kind == "flow" and objective.repa is not None
-    if has_head != has_loss:
-        raise ValueError("model.repa (the head) and objective.repa (its loss) go together: state both or neither")
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:

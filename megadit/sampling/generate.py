@@ -16,9 +16,9 @@ from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.randomness import Purpose, generator, named_generator
 from megadit.recipe import Recipe
-from megadit.sampling import ddpm, flow
 from megadit.sampling.grid import draw_grid
 from megadit.sampling.guidance import guide
+from megadit.sampling.samplers import choose
 from megadit.training import checkpoint, run_folder
 
 
@@ -70,11 +70,11 @@ def generate(
 ) -> Tensor:
     """Images [B, C, H, W] under B conditions, about in [-1, 1] (latents: in their units), on the conditions' device.
 
-    Image i depends on (seed, i) and its own condition alone. For `conditions` see `megadit.models.Conditions`, for
-    `guidance_scale` see `guide`. Raises ValueError for a number of steps that cannot be.
+    Image i depends on (seed, i) and its own condition alone; the sampler is the objective's default. For `conditions`
+    see `megadit.models.Conditions`, for `guidance_scale` see `guide`. Raises ValueError for a number of steps that
+    cannot be.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    sampler = choose(recipe.objective, num_steps=num_steps)
     config, first = recipe.model, next(iter(conditions.values()))
     shape = (config.in_channels, config.input_size, config.input_size)
     noise = [
@@ -83,10 +83,8 @@ def generate(
     ]
     x_BCHW = torch.from_numpy(np.stack(noise)).to(first.device)
     predict = guide(model, conditions, guidance_scale, config.in_channels)
-    if recipe.objective.kind == "ddpm":
-        draws = [named_generator(seed, f"noise while sampling image {number}") for number in range(len(first))]
-        return ddpm.denoise(predict, x_BCHW, num_steps, draws)
-    return flow.euler(predict, x_BCHW, num_steps)
+    draws = [named_generator(seed, f"noise while sampling image {number}") for number in range(len(first))]
+    return sampler.sample(predict, x_BCHW, draws)
 
 
 def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, Recipe]:

@@ -1,11 +1,11 @@
 """Classifier-free guidance (arXiv 2207.12598): what a sampler sees of a model and its conditions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], timestep [], in [0, 1000]) -> prediction, fp32
+from megadit.objectives.objective import Predict
 
 
 def guide(model: nn.Module, conditions: Mapping[str, Tensor], guidance_scale: float, num_channels: int) -> Predict:

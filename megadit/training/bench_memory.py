@@ -118,7 +118,7 @@ def _small(recipe: Recipe) -> Recipe:
 def _train(recipe: Recipe) -> None:
     engine = engines.build(recipe)
     averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
-    objective = objectives.build(recipe, CPU)
+    objective = objectives.build(recipe.objective, recipe.model, CPU)
     size = recipe.training.micro_batch_size or recipe.training.batch_size // recipe.engine.num_ranks
     num_micro_batches = recipe.training.batch_size // recipe.engine.num_ranks // size
     batch = synthetic_batch(recipe, size, TEXT_TOKENS, CPU)

@@ -22,7 +22,7 @@ TEXT_TOKENS = 16
 def compare(recipe: Recipe, batch_size: int, num_pairs: int) -> str:
     """The lines that the command prints. Needs a process group of one."""
     device = process_device()
-    objective = objectives.build(recipe, device)
+    objective = objectives.build(recipe.objective, recipe.model, device)
     batch = synthetic_batch(recipe, batch_size, TEXT_TOKENS, device)
     loss = partial(objective.losses, batch=batch, timestep_B=objective.timesteps(batch.timestep_uniform))
     plain, sharded = (engines.build(_on_one_rank(recipe, kind)) for kind in ("single", "fsdp"))

@@ -87,8 +87,8 @@ def _check_buckets(recipe: Recipe, sizes: Sequence[tuple[int, int]], where: str)
             f"{where} has resolution buckets of far more or fewer tokens than model.input_size {model.input_size}: "
             f"{_names(far)}"
         )
-    if recipe.objective.kind == "flow" and recipe.objective.repa is not None:
-        raise ValueError(f"objective.repa takes squares of one size; {where} has {_names(sizes)}")
+    if key := recipe.objective.needs_squares:
+        raise ValueError(f"{key} takes squares of one size; {where} has {_names(sizes)}")
 
 
 def _inputs(recipe: Recipe, manifest: Manifest, where: str) -> tuple[list[tuple[int, int]], int]:

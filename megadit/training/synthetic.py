@@ -99,7 +99,7 @@ def _measure(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs |
 
 def _train(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs:
     engine = engines.build(recipe)
-    objective = objectives.build(recipe, engine.device)
+    objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch = synthetic_batch(recipe, recipe.training.micro_batch_size or 0, text_tokens, engine.device)
     timestep_B = objective.timesteps(batch.timestep_uniform)
     telemetry = Telemetry(recipe, engine.device, notice=lambda phase: None)

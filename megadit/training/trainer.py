@@ -99,7 +99,7 @@ class Trainer:
         self._engine = engine
         self._encoders = encoders
         self._stop = stop
-        self._objective = objectives.build(recipe, engine.device)
+        self._objective = objectives.build(recipe.objective, recipe.model, engine.device)
         self._averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
         self._watchdog = Watchdog(recipe.training.stall_seconds, run / "stalls", end)
         self._saver = checkpoint.Saver(run, recipe, engine, self._averages, self._watchdog)

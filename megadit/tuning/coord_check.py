@@ -106,7 +106,7 @@ def _changed(recipe: Recipe, width: int, seed: int) -> Recipe:
 def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     """Mean |activation| by layer, for each step."""
     engine = engines.build(recipe)
-    objective = objectives.build(recipe, engine.device)
+    objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
     stream = Stream(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
     batches = stream.iterate(0)

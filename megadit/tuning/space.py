@@ -132,11 +132,10 @@ def paper_space(recipe: Recipe) -> list[str]:
     around that paper's default 0.5 (arXiv 2410.06940); warm-up takes at most a tenth of the run. Without an
     objective.repa in the recipe its weight is left out.
     """
-    has_repa = recipe.objective.kind == "flow" and recipe.objective.repa is not None
     return [
         "optimizer.lr=2^-13..2^-9",
         "optimizer.max_grad_norm=0.05..10.0",
-        *(["objective.repa.weight=0.1..2.0"] if has_repa else []),
+        *recipe.objective.paper_space,
         f"optimizer.warmup_steps=0..{recipe.num_steps // 10}",
     ]
 

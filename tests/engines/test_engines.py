@@ -79,7 +79,7 @@ def expected(case: Case) -> dict[str, Any]:
     averaged.update_parameters(model)  # the first one copies
     lrs = [group["lr"] for group in optimizer.param_groups]
     found: dict[str, Any] = {"initial": values_of(model), "losses": [], "norms": []}
-    objective = objectives.build(recipe, torch.device("cpu"))
+    objective = objectives.build(recipe.objective, recipe.model, torch.device("cpu"))
     stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     for factor in LR_FACTORS:
         batch = next(stream)

@@ -12,8 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 from megadit.batch import Batch
 from megadit.models.dit import DiTConfig
-from megadit.objectives.ddpm import DDPM, log_likelihood
-from megadit.recipe import DDPMObjective
+from megadit.objectives.ddpm import DDPM, DDPMObjective, log_likelihood
 
 CONFIG = DiTConfig(input_size=8, in_channels=3, width=72, num_classes=10)
 DROPOUT = 0.25

@@ -51,7 +51,7 @@ class Spy(nn.Module):
 
 def test_noisy_pictures_targets_and_dropped_captions(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe("objective.condition_dropout=0.5")
-    batch, objective, model = batch_of(recipe), objectives.build(recipe, CPU), Spy()
+    batch, objective, model = batch_of(recipe), objectives.build(recipe.objective, recipe.model, CPU), Spy()
     timestep_B = objective.timesteps(batch.timestep_uniform)
     loss_B = objective.losses(model, batch, timestep_B)
     t = (timestep_B.double() / 1000).view(-1, 1, 1, 1)
@@ -65,7 +65,8 @@ def test_noisy_pictures_targets_and_dropped_captions(tiny_recipe: Callable[..., 
 
 
 def test_timesteps_are_logit_normal(tiny_recipe: Callable[..., Recipe]) -> None:
-    objective = objectives.build(tiny_recipe("objective.logit_mean=0.5", "objective.logit_std=2"), CPU)
+    recipe = tiny_recipe("objective.logit_mean=0.5", "objective.logit_std=2")
+    objective = objectives.build(recipe.objective, recipe.model, CPU)
     quantiles = torch.tensor([0.02, 0.3, 0.5, 0.9])
     logits = torch.logit(objective.timesteps(quantiles) / 1000)
     expected = torch.distributions.Normal(0.5, 2.0).icdf(quantiles)
@@ -77,11 +78,12 @@ def test_alignment_is_added_with_its_weight(tiny_recipe: Callable[..., Recipe], 
     recipe = with_repa(tiny_recipe, dinov2)
     model = models.build(recipe.model)
     initialise(model, build_table(recipe), seed=0)
-    batch, objective = batch_of(recipe), objectives.build(recipe, CPU)
+    batch, objective = batch_of(recipe), objectives.build(recipe.objective, recipe.model, CPU)
     timestep_B = objective.timesteps(batch.timestep_uniform)
     found_B = objective.losses(model, batch, timestep_B)
     found_B.mean().backward()
-    without_B = objectives.build(tiny_recipe(), CPU).losses(model, batch, timestep_B)
+    plain = tiny_recipe()
+    without_B = objectives.build(plain.objective, plain.model, CPU).losses(model, batch, timestep_B)
     alignment_B = (found_B - without_B) / 0.25  # minus a mean cosine
     assert alignment_B.abs().max() <= 1 + 1e-5
     assert alignment_B.abs().min() > 0
@@ -127,10 +129,10 @@ def test_half_a_configuration_is_refused(
 def test_a_missing_encoder_is_named(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe("objective.repa={encoder: /no/dinov2}", "model.repa={block: 1, feature_dim: 24}")
     with pytest.raises(ValueError, match="/no/dinov2"):
-        objectives.build(recipe, CPU)
+        objectives.build(recipe.objective, recipe.model, CPU)
 
 
 def test_an_encoder_of_another_size_is_named(tiny_recipe: Callable[..., Recipe], dinov2: Path) -> None:
     recipe = with_repa(tiny_recipe, dinov2, "model.repa.feature_dim=32")
     with pytest.raises(ValueError, match=r"24.*32|32.*24"):
-        objectives.build(recipe, CPU)
+        objectives.build(recipe.objective, recipe.model, CPU)

@@ -19,7 +19,6 @@ from transformers import (
 
 from megadit.models.mmdit import MMDiTConfig
 from megadit.objectives.repa import Alignment
-from megadit.recipe import RepaLoss
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
 CPU = torch.device("cpu")
@@ -50,7 +49,7 @@ def model(**changes: object) -> MMDiTConfig:
 
 
 def alignment(folder: Path, **changes: object) -> Alignment:
-    return Alignment(RepaLoss(encoder=str(folder)), model(**changes), CPU)
+    return Alignment(str(folder), model(**changes), CPU)
 
 
 def pictures(count: int, size: int = 16) -> torch.Tensor:

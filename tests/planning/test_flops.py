@@ -30,7 +30,7 @@ def test_a_training_step_has_the_flops_that_torch_counts(config: ModelConfig) ->
     recipe = of_model(config)
     model = models.build(config)
     batch = synthetic_batch(recipe, 2, 7, torch.device("cpu"))
-    objective = objectives.build(recipe, torch.device("cpu"))
+    objective = objectives.build(recipe.objective, recipe.model, torch.device("cpu"))
     # The counter does not know the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective.losses(model, batch, objective.timesteps(batch.timestep_uniform)).mean().backward()

@@ -19,7 +19,7 @@ Part = tuple[int, Tensor]  # offset and values of the range of a flat tensor tha
 def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
     with process_group(needed=recipe.engine.kind != "single"):
         engine = engines.build(recipe)
-        objective = objectives.build(recipe, engine.device)
+        objective = objectives.build(recipe.objective, recipe.model, engine.device)
         averages = Averages(engine.shards, recipe.training.ema_rates)
 
         def parts(values: Mapping[str, Tensor]) -> dict[str, Part]:

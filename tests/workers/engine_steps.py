@@ -24,7 +24,7 @@ def main(jobs: list[tuple[Recipe, int | None]], num_steps: int) -> list[dict[str
 
 def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str, Any]:
     engine = engines.build(recipe)
-    objective = objectives.build(recipe, engine.device)
+    objective = objectives.build(recipe.objective, recipe.model, engine.device)
     stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "states": []}
     for step in range(num_steps):

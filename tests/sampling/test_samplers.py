@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadit.eval.samplers import DEFAULT_STEPS, choose
-from megadit.sampling.flow import times
+from megadit.objectives.ddpm import DDPMObjective
+from megadit.objectives.flow import FlowObjective, times
+from megadit.objectives.objective import ObjectiveConfig, Predict
+from megadit.sampling.samplers import choose
 
+FLOW, DDPM = FlowObjective(), DDPMObjective()
 SHAPE = (2, 3, 4, 4)
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
@@ -50,7 +53,7 @@ def test_euler(num_steps: int, shift: float) -> None:
     x, grid = start().double(), shifted(num_steps, shift)
     for t, after in pairwise(grid):
         x = x + (after - t) * velocity(x, t)
-    sampled = choose("flow", "euler", num_steps, shift).sample(predict_velocity, start(), draws())
+    sampled = choose(FLOW, "euler", num_steps, shift).sample(predict_velocity, start(), draws())
     torch.testing.assert_close(sampled.double(), x, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(times(num_steps, shift), torch.tensor(grid, dtype=torch.float64))
 
@@ -71,7 +74,7 @@ def test_heun(num_steps: int, shift: float) -> None:
         seen.append(timestep.item())
         return predict_velocity(x, timestep)
 
-    sampled = choose("flow", "heun", num_steps, shift).sample(predict, start(), draws())
+    sampled = choose(FLOW, "heun", num_steps, shift).sample(predict, start(), draws())
     torch.testing.assert_close(sampled.double(), x, atol=2e-6, rtol=1e-5)
     assert len(seen) == 2 * num_steps - 1
     assert {round(t, 2) for t in seen} == {round(1000 * t, 2) for t in grid[:-1]}
@@ -81,7 +84,7 @@ def test_heun_is_of_second_order() -> None:
     """Twice the steps: half the error of Euler, a quarter of Heun's (but for its last step)."""
 
     def sample(name: str, num_steps: int) -> Tensor:
-        return choose("flow", name, num_steps).sample(predict_velocity, start(), draws())
+        return choose(FLOW, name, num_steps).sample(predict_velocity, start(), draws())
 
     exact = sample("heun", 1000)
     errors = {name: [(sample(name, n) - exact).abs().max().item() for n in (20, 40)] for name in ("euler", "heun")}
@@ -108,7 +111,7 @@ def test_ddpm_with_a_learned_variance(num_steps: int, first: list[int]) -> None:
             fraction = (v + 1) / 2
             fresh = torch.cat([torch.randn((1, *SHAPE[1:]), generator=draw) for draw in generators])
             x = x + torch.exp((fraction * math.log(beta) + (1 - fraction) * math.log(posterior)) / 2) * fresh
-    sampled = choose("ddpm", "ddpm", num_steps).sample(predict_noise_and_v, start(), draws())
+    sampled = choose(DDPM, "ddpm", num_steps).sample(predict_noise_and_v, start(), draws())
     torch.testing.assert_close(sampled.double(), x, atol=3e-4, rtol=3e-4)
 
 
@@ -134,36 +137,37 @@ def test_dpm_solver_plus_plus(num_steps: int) -> None:
             direction = (1 + 1 / (2 * r)) * picture - 1 / (2 * r) * last_picture
         x = sigma_next / sigma * x - alpha_next * math.expm1(-h) * direction
         before = (picture, h)
-    sampled = choose("ddpm", "dpm++", num_steps).sample(predict_noise_and_v, start(), draws())
+    sampled = choose(DDPM, "dpm++", num_steps).sample(predict_noise_and_v, start(), draws())
     torch.testing.assert_close(sampled.double(), x, atol=3e-4, rtol=3e-4)
 
 
-@pytest.mark.parametrize(("objective", "name"), [("ddpm", "dpm++"), ("flow", "euler"), ("flow", "heun")])
-def test_only_ancestral_sampling_draws(objective: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "name", "predict"),
+    [(DDPM, "dpm++", predict_noise_and_v), (FLOW, "euler", predict_velocity), (FLOW, "heun", predict_velocity)],
+)
+def test_only_ancestral_sampling_draws(objective: ObjectiveConfig, name: str, predict: Predict) -> None:
     generators = draws()
-    choose(objective, name, 4).sample(
-        {"ddpm": predict_noise_and_v, "flow": predict_velocity}[objective], start(), generators
-    )
+    choose(objective, name, 4).sample(predict, start(), generators)
     for used, fresh in zip(generators, draws(), strict=True):
         assert torch.equal(used.get_state(), fresh.get_state())
 
 
 def test_defaults_are_the_protocols() -> None:
-    found = {(objective, name): choose(objective, name) for objective, name in (("ddpm", "ddpm"), ("ddpm", "dpm++"))}
-    assert found["ddpm", "ddpm"].num_steps == 250 and found["ddpm", "dpm++"].num_steps == 20
-    assert choose("ddpm").name == "ddpm" and choose("flow").name == "euler"
-    assert choose("flow").describe() == {"name": "euler", "num_steps": DEFAULT_STEPS["euler"], "shift": 1.0}
-    assert choose("ddpm").describe() == {"name": "ddpm", "num_steps": 250}
+    assert choose(DDPM, "ddpm").num_steps == 250 and choose(DDPM, "dpm++").num_steps == 20
+    assert choose(DDPM).name == "ddpm" and choose(FLOW).name == "euler"
+    assert choose(FLOW).describe() == {"name": "euler", "num_steps": 28, "shift": 1.0}
+    assert choose(DDPM).describe() == {"name": "ddpm", "num_steps": 250}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: choose("flow", "dpm++"), "sampler dpm.* is not for objective.kind flow, which has euler, heun"),
-        (lambda: choose("ddpm", "heun"), "sampler heun is not for objective.kind ddpm"),
-        (lambda: choose("flow", "unipc"), "no sampler 'unipc': there are ddpm"),
-        (lambda: choose("flow", "euler", 5, 0.0), "shift 0.0 must be above 0"),
-        (lambda: choose("ddpm", "dpm++", 1001), r"num_steps 1001 must be in \[2, 1000\]"),
+        (lambda: choose(FLOW, "dpm++"), "sampler dpm.* is not for objective.kind flow, which has euler, heun"),
+        (lambda: choose(DDPM, "heun"), "sampler heun is not for objective.kind ddpm"),
+        (lambda: choose(FLOW, "unipc"), r"no sampler 'unipc': there are ddpm, dpm\+\+, euler, heun"),
+        (lambda: choose(DDPM, "ddpm", None, 2.0), r"--shift is for samplers of flow \(euler, heun\), not ddpm"),
+        (lambda: choose(FLOW, "euler", 5, 0.0), "shift 0.0 must be above 0"),
+        (lambda: choose(DDPM, "dpm++", 1001), r"num_steps 1001 must be in \[2, 1000\]"),
     ],
 )
 def test_what_does_not_go_together(make: Callable, message: str) -> None:
