@@ -106,12 +106,17 @@ def mean_loss(loss_B: Tensor) -> Tensor:
 def materialise(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
     """Give the parameters of a model built on the meta device (uninitialised) memory; its buffers keep their values."""
     buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    set_buffers(model, buffers, buffer_device)
+
+
+def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a model's buffers these values, on `device`."""
     meta = [name for name, value in buffers.items() if value.is_meta]
     assert not meta, f"buffers have no values on the meta device: {meta}"
-    model.to_empty(device=device)
     for name, value in buffers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, value.to(buffer_device))
+        setattr(model.get_submodule(parent), leaf, value.to(device))
 
 
 def load_initial_weights(engine: Engine, specs: Sequence[ParamSpec], seed: int) -> None:

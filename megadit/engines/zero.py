@@ -30,6 +30,7 @@ from megadit.engines.base import (
     materialise,
     mean_loss,
     process_device,
+    set_buffers,
     squared_norms,
 )
 from megadit.engines.blocks import num_parameters_of_blocks, prepare_blocks
@@ -72,12 +73,16 @@ class ZeroEngine:
     def _build(self, recipe: Recipe, config: dict[str, Any]) -> nn.Module:
         """The model with uninitialised weights: whole on every rank, but in stage 3, where each layer is partitioned
         as soon as it is made."""
+        with torch.device("meta"):
+            model = models.build(recipe.model)
         if self._stage == 3:
+            buffers = dict(model.named_buffers())
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = models.build(recipe.model)
+            # Inside, DeepSpeed rounds what torch.arange and its kin make to the dtype of the weights, and moves nothing
+            # but parameters to the device.
+            set_buffers(model, buffers, self.device)
         else:
-            with torch.device("meta"):
-                model = models.build(recipe.model)
             materialise(model, self.device, self.device)
         prepare_blocks(model, recipe.engine)
         return model

@@ -187,3 +187,35 @@ def test_replaced_weights_are_used_and_then_put_back(ranks: list[Any], expected:
     assert torch.equal(over_ranks("own again"), over_ranks("own"))
     for rank in ranks:
         assert all(torch.equal(rank["weight again"][name][1], part[1]) for name, part in rank["weight"].items())
+
+
+# The widths of the paper's models, of one block: tables are rounded by as much as they are long.
+WIDE = (
+    "model.width=1152",
+    "model.depth=1",
+    "model.head_dim=72",
+    "model.input_size=32",
+    "parametrization.base_width=72",
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", TWINS)
+def test_zero3_has_the_buffers_of_the_plain_model(
+    twin: Callable[..., Recipe], run_ranks: Callable[..., list[Any]], family: str, precision: str
+) -> None:
+    recipe = twin(
+        TWINS[family],
+        *SMALL,
+        *WIDE,
+        "parametrization.base_width=72",
+        f"training.precision={precision}",
+        "engine.kind=zero3",
+    )
+    plain = dict(models.build(recipe.model).named_buffers())
+    assert plain
+    (found,) = run_ranks("buffers.py", 1, recipe=recipe)
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
