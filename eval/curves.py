@@ -46,7 +46,14 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _draw_total(axes: Axes, train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
-    axes.plot([line["images"] for line in train], [line["loss"] for line in train], alpha=0.5, label="training")
+    metric = validation[-1].get("metric", "loss") if validation else "loss"
+    measured = [line for line in train if metric in line]
+    axes.plot(
+        [line["images"] for line in measured],
+        [line[metric] for line in measured],
+        alpha=0.5,
+        label="training" if metric == "loss" else f"training, {metric}",
+    )
     curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in validation:
         curves[line["weights"]].append(line)

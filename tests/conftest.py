@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel, T5TokenizerFast
 
 from megadit.data.local_s3 import LocalS3
 from megadit.data.manifest import parse_bucket
@@ -124,6 +124,16 @@ validation: {{every_images: 320, num_timesteps: 2}}
 def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
     """The tiny recipe with overrides."""
     return lambda *overrides: load(tiny_yaml, overrides)
+
+
+@pytest.fixture(scope="session")
+def repa(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of the tiny recipe: REPA against a tiny DINOv2 with random weights, with weight 0.25."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoders") / "dinov2"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes, initializer_range=0.2)).save_pretrained(folder)
+    return [f"objective.repa={{encoder: {folder}, weight: 0.25}}", "model.repa={block: 1, feature_dim: 24}"]
 
 
 @pytest.fixture(scope="session")

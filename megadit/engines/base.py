@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megadit.objectives import Losses
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value
 from megadit.parametrization.spec import ParamSpec
 from megadit.recipe import Optimizer
 
-# Runs the model on one micro-batch and returns its losses per sample, fp32 [B].
-LossClosure = Callable[[nn.Module], Tensor]
+# Runs the model on one micro-batch and returns the losses of its samples.
+LossClosure = Callable[[nn.Module], Losses]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shard:
 class StepResult:
     """What came of one optimizer step."""
 
-    loss_B: Tensor  # fp32, of this rank's samples, detached
+    losses: Losses  # of this rank's samples, detached
     grad_norm: float  # over all ranks, before clipping; the same on every rank
     grad_norms_P: Tensor  # the same of each parameter, fp32 in the order of `shards`
     skipped: bool  # the norm was not finite, so nothing was updated: weights, moments and step count are as before
@@ -58,8 +59,8 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batch: LossClosure) -> Tensor:
-        """Losses per sample of one batch, without gradients."""
+    def evaluate(self, micro_batch: LossClosure) -> Losses:
+        """The losses of one batch, without gradients."""
         ...
 
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -94,12 +95,12 @@ def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
     return sum_over_ranks(torch.stack(torch._foreach_norm(list(gradients))).square())
 
 
-def mean_loss(loss_B: Tensor) -> Tensor:
-    """The mean of the losses; its gradient is NaN where it is not finite.
+def mean_loss(losses: Losses) -> Tensor:
+    """The mean of what training minimises; its gradient is NaN where it is not finite.
 
     A loss can be infinite and its gradient finite on one rank. This makes the reduced gradient norm tell every rank.
     """
-    mean = loss_B.mean()
+    mean = losses.total_B.mean()
     return mean * (1 + 0 * mean.detach())  # times 1, or times NaN
 
 

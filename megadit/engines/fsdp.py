@@ -33,6 +33,7 @@ from megadit.engines.base import (
     squared_norms,
 )
 from megadit.engines.blocks import prepare_blocks
+from megadit.objectives import Losses
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -67,14 +68,14 @@ class TorchEngine:
         self.set_num_steps(0)
 
     def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> StepResult:
-        losses = []
+        parts = []
         for index, micro_batch in enumerate(micro_batches):
             if self._sharded:  # gradients are added up over ranks once, after the last micro-batch
                 self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
             with self._precision():
-                loss_B = micro_batch(self.model)
-            (mean_loss(loss_B) / len(micro_batches)).backward()
-            losses.append(loss_B.detach())
+                losses = micro_batch(self.model)
+            (mean_loss(losses) / len(micro_batches)).backward()
+            parts.append(losses.detach())
         gradients = self._hand_over_gradients()
         squares_P = self._squared_norms(gradients)
         norm = math.sqrt(squares_P.sum().item())
@@ -83,10 +84,10 @@ class TorchEngine:
             self._update(gradients, norm, lr_factor)
         self._optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
-        return StepResult(torch.cat(losses), norm, squares_P.sqrt(), skipped=not finite)
+        return StepResult(Losses.cat(parts), norm, squares_P.sqrt(), skipped=not finite)
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: LossClosure) -> Tensor:
+    def evaluate(self, micro_batch: LossClosure) -> Losses:
         with self._precision():
             return micro_batch(self.model)
 

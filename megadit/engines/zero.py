@@ -34,6 +34,7 @@ from megadit.engines.base import (
     squared_norms,
 )
 from megadit.engines.blocks import num_parameters_of_blocks, prepare_blocks
+from megadit.objectives import Losses
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -92,19 +93,19 @@ class ZeroEngine:
         self._engine.train()
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
-        losses: list[Tensor] = []
+        parts: list[Losses] = []
         for micro_batch in micro_batches:
-            loss_B = micro_batch(self._engine)
-            self._engine.backward(mean_loss(loss_B))
-            if len(losses) == len(micro_batches) - 1:
+            losses = micro_batch(self._engine)
+            self._engine.backward(mean_loss(losses))
+            parts.append(losses.detach())
+            if len(parts) == len(micro_batches):
                 squares_P = squared_norms([self._gradient(name) for name in self._parameters])
             self._engine.step()  # updates the weights at the last micro-batch, unless the norm is not finite
-            losses.append(loss_B.detach())
         norm = float(self._engine.get_global_grad_norm())  # inf, too, where it was NaN
-        return StepResult(torch.cat(losses), norm, squares_P.sqrt(), skipped=not math.isfinite(norm))
+        return StepResult(Losses.cat(parts), norm, squares_P.sqrt(), skipped=not math.isfinite(norm))
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: LossClosure) -> Tensor:
+    def evaluate(self, micro_batch: LossClosure) -> Losses:
         self._engine.eval()
         return micro_batch(self._engine)
 

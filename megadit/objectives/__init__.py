@@ -5,10 +5,10 @@ import torch
 from megadit.models import ModelConfig
 from megadit.objectives.ddpm import DDPM_KIND
 from megadit.objectives.flow import FLOW_KIND
-from megadit.objectives.objective import Objective, ObjectiveConfig, ObjectiveKind
+from megadit.objectives.objective import Losses, Objective, ObjectiveConfig, ObjectiveKind
 from megadit.registry import Registry
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "ObjectiveKind", "build", "kind_of", "sampler_names"]
+__all__ = ["OBJECTIVES", "Losses", "Objective", "ObjectiveConfig", "ObjectiveKind", "build", "kind_of", "sampler_names"]
 
 OBJECTIVES: Registry[ObjectiveKind] = Registry("objective")
 for _kind in (FLOW_KIND, DDPM_KIND):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megadit.batch import Batch
 from megadit.models import ModelConfig
-from megadit.objectives.objective import ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
+from megadit.objectives.objective import Losses, ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
 
 NUM_TIMESTEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # linear between (arXiv 2006.11239, section 4)
@@ -32,6 +32,11 @@ class DDPMObjective(ObjectiveConfig):
     """Noise prediction with a learned variance: L_simple + L_vlb (arXiv 2102.09672), 1000 steps, linear betas."""
 
     kind: Literal["ddpm"] = "ddpm"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Mean squared error of the noise; the variational bound's term in bits per dimension."""
+        return ("noise", "bound")
 
     def check_model(self, model: ModelConfig) -> None:
         if model.out_channels != 2 * model.in_channels:
@@ -70,7 +75,7 @@ class DDPM:
     def timesteps_at(self, fraction_B: Tensor) -> Tensor:
         return self.timesteps(fraction_B)
 
-    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Losses:
         """Mean squared error of the noise plus the variational bound in bits per dimension.
 
         The bound trains the variance alone: the predicted noise is detached in it. It has factor 1, as in the
@@ -82,8 +87,9 @@ class DDPM:
         prediction = model(noisy, timestep_B, **arguments(batch, self._model, self._condition_dropout)).float()
         noise, v = prediction.chunk(2, dim=1)
         error = noise - batch.noise
-        bound = self._bound(error.detach(), v, batch.images, step_B) / math.log(2)
-        return (error.square() + bound).flatten(1).mean(1)
+        noise_B = error.square().flatten(1).mean(1)
+        bound_B = (self._bound(error.detach(), v, batch.images, step_B) / math.log(2)).flatten(1).mean(1)
+        return Losses(noise_B + bound_B, {"noise": noise_B, "bound": bound_B})
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.noise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megadit.batch import Batch
 from megadit.models import ModelConfig
 from megadit.node import Node, Power
-from megadit.objectives.objective import ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
+from megadit.objectives.objective import Losses, ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -34,6 +34,11 @@ class FlowObjective(ObjectiveConfig):
     logit_mean: float = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     repa: RepaLoss | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Mean squared error of the velocity; minus the mean cosine with the encoder's features."""
+        return ("velocity",) if self.repa is None else ("velocity", "alignment")
 
     def check_model(self, model: ModelConfig) -> None:
         if model.out_channels != model.in_channels:
@@ -70,16 +75,19 @@ class Flow:
     def timesteps_at(self, fraction_B: Tensor) -> Tensor:
         return 1000 * fraction_B
 
-    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Losses:
         """Mean squared velocity error, plus the weighted alignment loss."""
         noisy = torch.lerp(batch.images, batch.noise, (timestep_B / 1000).view(-1, 1, 1, 1))
         conditions = arguments(batch, self._model, self._objective.condition_dropout)
         if self._alignment is None:
-            return _squared_error(model(noisy, timestep_B, **conditions), self.targets(batch))
+            velocity_B = _squared_error(model(noisy, timestep_B, **conditions), self.targets(batch))
+            return Losses(velocity_B, {"velocity": velocity_B})
         assert self._objective.repa is not None
         prediction, features_BTF = model(noisy, timestep_B, **conditions, return_features=True)
         alignment_B = self._alignment.losses(features_BTF, batch.images)
-        return _squared_error(prediction, self.targets(batch)) + self._objective.repa.weight * alignment_B
+        velocity_B = _squared_error(prediction, self.targets(batch))
+        total_B = velocity_B + self._objective.repa.weight * alignment_B
+        return Losses(total_B, {"velocity": velocity_B, "alignment": alignment_B})
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.noise - batch.images

@@ -7,7 +7,7 @@ Another one, in a module of a user's, registers itself when it is imported (`imp
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,11 @@ class ObjectiveConfig(Node):
     condition_dropout: Fraction = 0.1
     num_loss_bins: PositiveInt = 4  # timestep bins whose losses are logged on their own
 
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is measured. Sweeps and validation compare the first by default: one that no setting scales."""
+
     @abstractmethod
     def check_model(self, model: ModelConfig) -> None:
         """Raise ValueError unless the objective can train the model."""
@@ -43,6 +48,27 @@ class ObjectiveConfig(Node):
         return ()
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Of each sample of a batch, fp32 [B]."""
+
+    total_B: Tensor  # what training minimises, a weighted sum
+    by_metric: Mapping[str, Tensor]  # by the names of the settings' `metrics`; smaller is better
+
+    def detach(self) -> "Losses":
+        return Losses(self.total_B.detach(), {name: loss_B.detach() for name, loss_B in self.by_metric.items()})
+
+    @staticmethod
+    def cat(parts: "Sequence[Losses]") -> "Losses":
+        """Those of several micro-batches in a row."""
+        by_metric = {name: torch.cat([part.by_metric[name] for part in parts]) for name in parts[0].by_metric}
+        return Losses(torch.cat([part.total_B for part in parts]), by_metric)
+
+    def columns(self, names: Sequence[str]) -> Tensor:
+        """The total and the named metrics side by side, float64 [B, 1 + len(names)], on the CPU."""
+        return torch.stack([self.total_B, *(self.by_metric[name] for name in names)], dim=1).double().cpu()
+
+
 class Objective(Protocol):
     """Timesteps are fp32 in [0, 1000], where 0 is the picture, as in diffusers' schedulers."""
 
@@ -54,8 +80,8 @@ class Objective(Protocol):
         """Timesteps at fractions in [0, 1) of the time axis."""
         ...
 
-    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Tensor:
-        """The loss of each sample, fp32 [B].
+    def losses(self, model: nn.Module, batch: Batch, timestep_B: Tensor) -> Losses:
+        """The losses of each sample.
 
         The condition of a sample is dropped where its uniform draw is below the recipe's `condition_dropout`:
         classifier-free guidance (arXiv 2207.12598) needs the unconditional model too.

@@ -76,6 +76,7 @@ class Reporter:
     def __init__(self, recipe: Recipe, run: Path, images_seen: int, telemetry: Telemetry) -> None:
         self._recipe = recipe
         self._telemetry = telemetry
+        self._names = recipe.objective.metrics
         self._roles = [spec.role for spec in build_table(recipe)]
         self._metrics = Metrics(run, images_seen, recipe.training.num_images) if rank() == 0 else None
         self._log_images = recipe.training.log_every_steps * recipe.training.batch_size
@@ -102,14 +103,14 @@ class Reporter:
         if result.skipped:
             self._say_skipped(images_seen, result, skipped)
         else:
-            num_bins, loss_B = len(self._bins), result.loss_B.double().cpu()
+            num_bins, loss_BM = len(self._bins), result.losses.columns(self._names)
             bin_B = (timestep_B / 1000 * num_bins).long().clamp(max=num_bins - 1)
-            self._bins.index_add_(0, bin_B, torch.stack([loss_B, torch.ones_like(loss_B)], dim=1))
+            self._bins.index_add_(0, bin_B, torch.cat([loss_BM.new_ones(len(loss_BM), 1), loss_BM], dim=1))
         if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
             return
         sums, costs = sum_over_ranks(self._bins), self._telemetry.take()
         self._count_replaced(images_seen, costs.num_replaced)
-        if self._metrics and sums[:, 1].any():  # else every step was skipped, as has been said
+        if self._metrics and sums[:, 0].any():  # else every step was skipped, as has been said
             self._say_progress(images_seen, sums, costs, result, lr_factor, skipped.total)
         self._start_interval()
 
@@ -117,18 +118,20 @@ class Reporter:
         self, images_seen: int, sums: Tensor, costs: Costs, result: StepResult, lr_factor: float, num_skipped: int
     ) -> None:
         assert self._metrics
-        total, images = sums.sum(0).tolist()
+        images, *means = sums.sum(0).tolist()
+        loss, *by_metric = (value / images for value in means)
         speed = f"{costs.images_per_second:.0f} images/s"
         if costs.mfu is not None:
             speed += f"  MFU {costs.mfu:.0%}"
-        self._metrics.progress(images_seen, f"loss {total / images:.4f}  {speed}")
+        self._metrics.progress(images_seen, f"loss {loss:.4f}  {speed}")
         self._metrics.log(
             "train",
             images_seen,
-            f"{images_seen} images  loss {total / images:.4f}  {speed}  grad norm {result.grad_norm:.3g}",
+            f"{images_seen} images  loss {loss:.4f}  {speed}  grad norm {result.grad_norm:.3g}",
             step=images_seen // self._recipe.training.batch_size,
-            loss=total / images,
-            loss_bins=[total / count if count else None for total, count in sums.tolist()],
+            loss=loss,
+            **dict(zip(self._names, by_metric, strict=True)),
+            loss_bins=[total / count if count else None for count, total in sums[:, :2].tolist()],
             grad_norm=None if result.skipped else result.grad_norm,
             **({} if result.skipped else self._norms_by_role(result.grad_norms_P)),
             lr=self._recipe.optimizer.lr * lr_factor,
@@ -175,13 +178,16 @@ class Reporter:
             self._metrics.log(
                 "validation",
                 images_seen,
-                f"{images_seen} images  validation loss {result.loss:.4f} ({weights}; "
+                f"{images_seen} images  validation {result.metric} {result.loss:.4f} ({weights}; "
                 f"best constant prediction {result.constant_loss:.4f})",
                 weights=weights,
+                metric=result.metric,
                 loss=result.loss,
                 loss_strata=result.loss_strata,
                 constant_loss=result.constant_loss,
+                total=result.total,
+                **result.others,
             )
 
     def _start_interval(self) -> None:
-        self._bins = torch.zeros(self._recipe.objective.num_loss_bins, 2, dtype=torch.float64)
+        self._bins = torch.zeros(self._recipe.objective.num_loss_bins, 2 + len(self._names), dtype=torch.float64)

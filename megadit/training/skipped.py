@@ -42,7 +42,7 @@ class SkippedSteps:
         of the steps in a row that may be skipped.
         """
         self.total += 1
-        samples = zip(batch.epoch.tolist(), batch.sample.tolist(), result.loss_B.tolist(), strict=True)
+        samples = zip(batch.epoch.tolist(), batch.sample.tolist(), result.losses.total_B.tolist(), strict=True)
         per_rank = on_every_rank(lambda: list(samples))
         self._streak.append(
             {

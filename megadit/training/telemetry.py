@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megadit.batch import Batch
 from megadit.engines.base import LossClosure, sum_over_ranks
+from megadit.objectives import Losses
 from megadit.planning.ceilings import device_name, peak_flops
 from megadit.planning.flops import training_flops, training_tokens
 from megadit.recipe import Recipe
@@ -65,11 +66,11 @@ class Telemetry:
     def timed(self, loss: LossClosure) -> LossClosure:
         """`loss` as forward phase, followed by the backward phase."""
 
-        def run(model: torch.nn.Module) -> torch.Tensor:
+        def run(model: torch.nn.Module) -> Losses:
             self.begin("forward")
-            loss_B = loss(model)
+            losses = loss(model)
             self.begin("backward")
-            return loss_B
+            return losses
 
         return run
 

@@ -1,4 +1,4 @@
-"""The validation loss: a fixed set of (sample, timestep, noise) triples, so that two numbers can be compared.
+"""The validation losses: of a fixed set of (sample, timestep, noise) triples, so that two numbers can be compared.
 
 Every held-out sample is scored at every timestep (k + 1/2) / T, each with its own fixed noise; captions are never
 dropped. Evenly spaced timesteps make the number far less noisy than drawn ones (Stable Diffusion 3 found such a loss
@@ -7,6 +7,7 @@ depend on how many there are.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +24,14 @@ from megadit.training.ranks import on_every_rank, rank, world_size
 
 @dataclass(frozen=True)
 class ValidationLoss:
+    """Of the objective's first metric, which no setting scales; the others and the weighted sum beside it."""
+
+    metric: str
     loss: float
     loss_strata: list[float]  # by timestep, from image to noise
     constant_loss: float  # of the best constant prediction: the variance of the targets over the set
+    total: float  # what training minimises
+    others: Mapping[str, float]  # by metric
 
 
 def validate(
@@ -34,8 +40,8 @@ def validate(
     """Score the engine's present weights on the whole validation set."""
     settings = recipe.validation
     assert settings is not None and recipe.data.validation_url is not None
-    strata = settings.num_timesteps
-    sums = torch.zeros(strata, 2, dtype=torch.float64)  # loss, count
+    strata, metrics = settings.num_timesteps, recipe.objective.metrics
+    sums = torch.zeros(strata, 2 + len(metrics), dtype=torch.float64)  # count, total, metrics
     moments = _Moments()
     for batch, weight_B in validation_batches(
         recipe.data, recipe.seed, rank(), world_size(), settings.batch_size, strata, stream_draws_noise(recipe)
@@ -44,16 +50,20 @@ def validate(
         on_device = batch.to(engine.device) if encoders is None else encoders.encode_validation(batch)
         timestep_B = objective.timesteps_at(on_device.timestep_uniform)
         closure = partial(objective.losses, batch=on_device, timestep_B=timestep_B)
-        loss_B = engine.evaluate(closure).double().cpu()
-        stratum_B = (fraction_B * strata).long()
-        sums[:, 0].index_add_(0, stratum_B, loss_B * weight_B)
-        sums[:, 1].index_add_(0, stratum_B, weight_B.double())
+        loss_BM = engine.evaluate(closure).columns(metrics)
+        weight_B1 = weight_B.double()[:, None]
+        sums.index_add_(0, (fraction_B * strata).long(), torch.cat([weight_B1, loss_BM * weight_B1], dim=1))
         moments.add(objective.targets(on_device).cpu().double(), weight_B.double())
     sum_over_ranks(sums)
+    count, *means = sums.sum(0).tolist()
+    total, loss, *others = (value / count for value in means)
     return ValidationLoss(
-        loss=(sums[:, 0].sum() / sums[:, 1].sum()).item(),
-        loss_strata=(sums[:, 0] / sums[:, 1]).tolist(),
+        metric=metrics[0],
+        loss=loss,
+        loss_strata=(sums[:, 2] / sums[:, 0]).tolist(),
         constant_loss=moments.variance(),
+        total=total,
+        others=dict(zip(metrics[1:], others, strict=True)),
     )
 
 

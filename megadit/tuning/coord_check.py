@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from megadit import engines, objectives
-from megadit.batch import Batch
 from megadit.data.manifest import Manifest
 from megadit.data.stream import Stream
 from megadit.engines.base import sum_over_ranks
@@ -121,16 +120,12 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     for _ in range(num_steps):
         with _Recorder(engine.model) as recorder:
             result = engine.train_step(
-                [partial(_loss, objective=objective, batch=part, timestep_B=part_B) for part, part_B in parts], 1.0
+                [partial(objective.losses, batch=part, timestep_B=part_B) for part, part_B in parts], 1.0
             )
         if result.skipped:
             raise ValueError(f"width {recipe.model.width}: the gradient norm is {result.grad_norm}; lower optimizer.lr")
         steps.append(recorder.means())
     return steps
-
-
-def _loss(model: nn.Module, objective: objectives.Objective, batch: Batch, timestep_B: Tensor) -> Tensor:
-    return objective.losses(model, batch, timestep_B)
 
 
 class _Recorder(AbstractContextManager["_Recorder"]):

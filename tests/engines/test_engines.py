@@ -83,7 +83,7 @@ def expected(case: Case) -> dict[str, Any]:
     stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     for factor in LR_FACTORS:
         batch = next(stream)
-        loss_B = objective.losses(model, batch, objective.timesteps(batch.timestep_uniform))
+        loss_B = objective.losses(model, batch, objective.timesteps(batch.timestep_uniform)).total_B
         loss_B.mean().backward()
         found["losses"].append(loss_B.detach())
         found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm).item())
@@ -99,8 +99,8 @@ def expected(case: Case) -> dict[str, Any]:
     found["weight"], found["ema"] = values_of(model), values_of(averaged.module)
     batch = next(stream)
     with torch.no_grad():
-        found["own"] = objective.losses(model, batch, 1000 * batch.timestep_uniform)
-        found["replaced"] = objective.losses(averaged.module, batch, 1000 * batch.timestep_uniform)
+        found["own"] = objective.losses(model, batch, 1000 * batch.timestep_uniform).total_B
+        found["replaced"] = objective.losses(averaged.module, batch, 1000 * batch.timestep_uniform).total_B
     assert max(found["norms"]) > recipe.optimizer.max_grad_norm  # or clipping is not tested
     return found
 

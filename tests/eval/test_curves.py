@@ -16,10 +16,18 @@ def write_metrics(run: Path, scale: float = 1.0) -> None:
     for step in range(1, 9):
         loss = scale / step
         bins = [None if step == 3 else loss, loss, 2 * loss]
-        lines.append({"kind": "train", "images": step * 64, "step": step, "loss": loss, "loss_bins": bins})
+        lines.append(
+            {"kind": "train", "images": step * 64, "step": step, "loss": 3.0, "velocity": loss, "loss_bins": bins}
+        )
         for weights in ("raw", "ema_0.99") if step % 4 == 0 else ():
-            validation = {"loss": 1.1 * loss, "loss_strata": [loss], "constant_loss": 1.3, "weights": weights}
-            lines.append({"kind": "validation", "images": step * 64, **validation})
+            validation = {
+                "metric": "velocity",
+                "loss": 1.1 * loss,
+                "loss_strata": [loss],
+                "constant_loss": 1.3,
+                "weights": weights,
+            }
+            lines.append({"kind": "validation", "images": step * 64, **validation, "total": 3.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -45,7 +53,7 @@ def test_the_lines_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(curves.Axes, "plot", record)
     write_metrics(tmp_path / "run")
     curves.draw(tmp_path / "run", tmp_path / "curve.png")
-    assert drawn["training"] == ([64 * n for n in range(1, 9)], [1 / n for n in range(1, 9)])
+    assert drawn["training, velocity"] == ([64 * n for n in range(1, 9)], [1 / n for n in range(1, 9)])
     assert drawn["validation, raw weights"] == ([256, 512], [1.1 * (1 / 4), 1.1 * (1 / 8)])
     assert drawn["timestep 0 to 0.333333"][0] == [64 * n for n in range(1, 9) if n != 3]  # the empty bin is left out
     assert drawn["timestep 0.666667 to 1"][1][0] == 2.0

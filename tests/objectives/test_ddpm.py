@@ -107,14 +107,17 @@ def test_losses_equal_the_equations(error: float) -> None:
     batch = make_batch(len(TIMESTEPS))
     model = make_model(batch, error)
     losses = objective().losses(model, batch, torch.tensor(TIMESTEPS, dtype=torch.float32))
-    assert losses.dtype == torch.float32
+    assert tuple(losses.by_metric) == DDPMObjective().metrics == ("noise", "bound")
+    assert losses.total_B.dtype == torch.float32
     with torch.no_grad():
         terms = [
             reference(batch.images[i], batch.noise[i], model.noise[i], model.v[i], t + 1)
             for i, t in enumerate(TIMESTEPS)
         ]
-    expected = torch.stack([simple + bound for simple, bound in terms])
-    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    simple_B, bound_B = (torch.stack(column) for column in zip(*terms, strict=True))
+    torch.testing.assert_close(losses.total_B.double(), simple_B + bound_B, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.by_metric["noise"].double(), simple_B, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.by_metric["bound"].double(), bound_B, rtol=1e-4, atol=1e-6)
 
 
 def test_the_bound_alone_equals_the_equations() -> None:
@@ -125,13 +128,14 @@ def test_the_bound_alone_equals_the_equations() -> None:
     for i, t in enumerate(TIMESTEPS[:10]):  # later ones are below 1e-7
         simple, bound = reference(batch.images[i], batch.noise[i], model.noise[i], model.v[i], t + 1)
         assert simple == 0
-        assert losses[i].item() == pytest.approx(bound.item(), rel=1e-4)
+        assert losses.by_metric["bound"][i].item() == pytest.approx(bound.item(), rel=1e-4)
+        assert losses.total_B[i] == losses.by_metric["bound"][i]
 
 
 def test_the_bound_trains_the_variance_alone() -> None:
     batch = make_batch(len(TIMESTEPS))
     model = make_model(batch, 0.4)
-    objective().losses(model, batch, torch.tensor(TIMESTEPS, dtype=torch.float32)).sum().backward()
+    objective().losses(model, batch, torch.tensor(TIMESTEPS, dtype=torch.float32)).total_B.sum().backward()
     num_pixels = model.noise[0].numel()
     torch.testing.assert_close(model.noise.grad, 2 * (model.noise - batch.noise).detach() / num_pixels)
 
@@ -184,7 +188,9 @@ def test_the_variance_is_that_of_diffusers(t: int) -> None:
     true_std = scheduler._get_variance(t, variance_type="fixed_small").double().sqrt()
     zero = torch.zeros_like(log_variance)
     expected = kl_divergence(Normal(zero, true_std), Normal(zero, torch.exp(log_variance / 2))).mean() / math.log(2)
-    assert objective().losses(model, batch, torch.tensor([float(t)])).item() == pytest.approx(expected.item(), rel=2e-3)
+    assert objective().losses(model, batch, torch.tensor([float(t)])).total_B.item() == pytest.approx(
+        expected.item(), rel=2e-3
+    )
 
 
 @given(offset=st.floats(-0.2, 0.2), log_variance=st.floats(-11, -6))
@@ -199,7 +205,7 @@ def test_the_probabilities_of_all_pixels_sum_to_one(offset: float, log_variance:
 def test_a_variance_far_out_of_its_range(v: float) -> None:
     batch = make_batch(3)
     model = Fixed(batch.noise.clone(), torch.full_like(batch.noise, v))
-    losses = objective().losses(model, batch, torch.tensor([0.0, 300.0, 999.0]))
+    losses = objective().losses(model, batch, torch.tensor([0.0, 300.0, 999.0])).total_B
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert model.v.grad is not None and torch.isfinite(model.v.grad).all()

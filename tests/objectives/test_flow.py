@@ -1,13 +1,11 @@
 """Rectified flow by hand: the loss, dropped conditions, timesteps, and the alignment loss on top."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
 
 from megadit import models, objectives
 from megadit.batch import Batch
@@ -19,26 +17,11 @@ from megadit.recipe import Recipe
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DINOv2 with random weights."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dinov2")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes, initializer_range=0.2)).save_pretrained(folder)
-    return folder
-
-
 def batch_of(recipe: Recipe) -> Batch:
     batches = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     batch = next(batches)
     batches.close()
     return batch
-
-
-def with_repa(tiny_recipe: Callable[..., Recipe], dinov2: Path, *overrides: str) -> Recipe:
-    repa = [f"objective.repa={{encoder: {dinov2}, weight: 0.25}}", "model.repa={block: 1, feature_dim: 24}"]
-    return tiny_recipe(*repa, *overrides)
 
 
 class Spy(nn.Module):
@@ -53,11 +36,13 @@ def test_noisy_pictures_targets_and_dropped_captions(tiny_recipe: Callable[..., 
     recipe = tiny_recipe("objective.condition_dropout=0.5")
     batch, objective, model = batch_of(recipe), objectives.build(recipe.objective, recipe.model, CPU), Spy()
     timestep_B = objective.timesteps(batch.timestep_uniform)
-    loss_B = objective.losses(model, batch, timestep_B)
+    losses = objective.losses(model, batch, timestep_B)
     t = (timestep_B.double() / 1000).view(-1, 1, 1, 1)
     torch.testing.assert_close(model.x.double(), (1 - t) * batch.images + t * batch.noise, rtol=1e-5, atol=1e-6)
     expected_B = (batch.noise - batch.images).double().square().mean((1, 2, 3))
-    torch.testing.assert_close(loss_B.double(), expected_B, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.total_B.double(), expected_B, rtol=1e-6, atol=0)
+    assert tuple(losses.by_metric) == recipe.objective.metrics == ("velocity",)
+    assert torch.equal(losses.by_metric["velocity"], losses.total_B)
     assert torch.equal(model.arguments.pop("dropped_B"), batch.drop_uniform < 0.5)
     assert 0 < (batch.drop_uniform < 0.5).sum() < len(batch)
     assert model.arguments.keys() == {"text", "text_lengths", "pooled"}
@@ -74,17 +59,20 @@ def test_timesteps_are_logit_normal(tiny_recipe: Callable[..., Recipe]) -> None:
     assert objective.timesteps_at(torch.tensor([0.25])).item() == 250
 
 
-def test_alignment_is_added_with_its_weight(tiny_recipe: Callable[..., Recipe], dinov2: Path) -> None:
-    recipe = with_repa(tiny_recipe, dinov2)
+def test_alignment_is_added_with_its_weight(tiny_recipe: Callable[..., Recipe], repa: list[str]) -> None:
+    recipe = tiny_recipe(*repa)
     model = models.build(recipe.model)
     initialise(model, build_table(recipe), seed=0)
     batch, objective = batch_of(recipe), objectives.build(recipe.objective, recipe.model, CPU)
     timestep_B = objective.timesteps(batch.timestep_uniform)
-    found_B = objective.losses(model, batch, timestep_B)
-    found_B.mean().backward()
+    found = objective.losses(model, batch, timestep_B)
+    found.total_B.mean().backward()
+    assert tuple(found.by_metric) == recipe.objective.metrics == ("velocity", "alignment")
     plain = tiny_recipe()
-    without_B = objectives.build(plain.objective, plain.model, CPU).losses(model, batch, timestep_B)
-    alignment_B = (found_B - without_B) / 0.25  # minus a mean cosine
+    without = objectives.build(plain.objective, plain.model, CPU).losses(model, batch, timestep_B)
+    torch.testing.assert_close(found.by_metric["velocity"], without.total_B, rtol=0, atol=0)
+    alignment_B = found.by_metric["alignment"]  # minus a mean cosine
+    torch.testing.assert_close(found.total_B, without.total_B + 0.25 * alignment_B, rtol=0, atol=0)
     assert alignment_B.abs().max() <= 1 + 1e-5
     assert alignment_B.abs().min() > 0
     for name, parameter in model.repa_head.named_parameters():
@@ -94,11 +82,11 @@ def test_alignment_is_added_with_its_weight(tiny_recipe: Callable[..., Recipe], 
 
 
 def test_the_head_is_trained_on_every_engine(
-    tiny_recipe: Callable[..., Recipe], dinov2: Path, run_ranks: Callable[..., list[Any]]
+    tiny_recipe: Callable[..., Recipe], repa: list[str], run_ranks: Callable[..., list[Any]]
 ) -> None:
     curves = []
     for engine in (["engine.kind=single"], *(_two_ranks(kind) for kind in ("fsdp", "zero3"))):
-        recipe = with_repa(tiny_recipe, dinov2, *engine)
+        recipe = tiny_recipe(*repa, *engine)
         ranks = run_ranks("engine.py", recipe.engine.num_ranks, recipe=recipe, lr_factors=[1.0, 1.0, 1.0])
         curves.append([torch.cat([rank["losses"][step] for rank in ranks]) for step in range(3)])
     for curve in curves[1:]:
@@ -132,7 +120,7 @@ def test_a_missing_encoder_is_named(tiny_recipe: Callable[..., Recipe]) -> None:
         objectives.build(recipe.objective, recipe.model, CPU)
 
 
-def test_an_encoder_of_another_size_is_named(tiny_recipe: Callable[..., Recipe], dinov2: Path) -> None:
-    recipe = with_repa(tiny_recipe, dinov2, "model.repa.feature_dim=32")
+def test_an_encoder_of_another_size_is_named(tiny_recipe: Callable[..., Recipe], repa: list[str]) -> None:
+    recipe = tiny_recipe(*repa, "model.repa.feature_dim=32")
     with pytest.raises(ValueError, match=r"24.*32|32.*24"):
         objectives.build(recipe.objective, recipe.model, CPU)

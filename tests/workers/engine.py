@@ -35,7 +35,7 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
             timestep_B = objective.timesteps(batch.timestep_uniform)
             result = engine.train_step([lambda m, b=batch, t=timestep_B: objective.losses(m, b, t)], factor)
             averages.update(step)
-            found["losses"].append(result.loss_B)
+            found["losses"].append(result.losses.total_B)
             found["norms"].append(result.grad_norm)
         found["groups"] = [
             {key: group[key] for key in ("lr", "weight_decay", "eps", "betas")}
@@ -48,7 +48,8 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
         batch = next(stream)
 
         def evaluate() -> Tensor:
-            return engine.evaluate(lambda model: objective.losses(model, batch, 1000 * batch.timestep_uniform))
+            losses = engine.evaluate(lambda model: objective.losses(model, batch, 1000 * batch.timestep_uniform))
+            return losses.total_B
 
         found["own"] = evaluate()
         with base.replaced_weights(engine, averages.by_name()["ema_0.9"]):

@@ -1,5 +1,6 @@
 """One rank trains a few steps with each of several recipes, one after the other."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from megadit import engines, objectives
 from megadit.batch import Batch
 from megadit.data.stream import Stream
+from megadit.objectives import Losses
 from megadit.recipe import Recipe
 from megadit.training.ranks import process_group, rank, world_size
 
@@ -37,7 +39,7 @@ def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str,
             for part, part_B in zip(batch.split(size), timestep_B.split(size), strict=True)
         ]
         result = engine.train_step(closures, 1.0)
-        found["losses"].append(result.loss_B)
+        found["losses"].append(result.losses.total_B)
         found["norms"].append(result.grad_norm)
         found["skipped"].append(result.skipped)
         weights = {name: shard.values.clone() for name, shard in engine.shards.items()}
@@ -45,7 +47,7 @@ def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str,
     return found
 
 
-def _losses(model: nn.Module, objective: Any, batch: Batch, timestep_B: Tensor, breaks: bool) -> Tensor:
-    loss_B = objective.losses(model, batch, timestep_B)
-    last_B = torch.arange(len(loss_B)) == len(loss_B) - 1
-    return torch.where(last_B, torch.inf, loss_B) if breaks else loss_B
+def _losses(model: nn.Module, objective: Any, batch: Batch, timestep_B: Tensor, breaks: bool) -> Losses:
+    losses: Losses = objective.losses(model, batch, timestep_B)
+    last_B = torch.arange(len(batch)) == len(batch) - 1
+    return replace(losses, total_B=torch.where(last_B, torch.inf, losses.total_B)) if breaks else losses
