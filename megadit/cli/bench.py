@@ -33,7 +33,7 @@ def bench(
     Examples:
       megadit bench quickstart --micro-batch 16,32
       megadit bench dit-xl2-mup engine.num_ranks=1 engine.compile=true --micro-batch 64,128
-      megadit bench mmdit-18b model.depth=4 --activation-checkpointing none,selective,full
+      megadit bench mmdit-18b model.depth=4 model.repa.block=4 --activation-checkpointing none,selective,full
     """
     from megadit.launcher.bench import bench as launch_or_join
 
