@@ -112,12 +112,13 @@ def test_modules_and_targets_in_the_documentation_exist() -> None:
 
 
 def test_files_in_the_documentation_exist() -> None:
-    """Paths in backticks and links; what is in capitals or in <> stands for something."""
+    """What links name, modules, and folders of the repository; what has capitals or <> stands for something."""
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir())
+    patterns = (r"(?<![\w/.])(?:[a-z_]+/)+[a-z_]+\.py\b", rf"`((?:{folders})/[\w/-]*)`")
     for where, text in pages().items():
         if where.endswith(".md"):
-            links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-            paths = re.findall(r"`(?:[\w.-]+ )*((?:[a-z_]+/)+[a-z_]*(?:\.(?:py|md|json|yaml|sh))?)`", text)
-            paths += re.findall(r"\b((?:tests|megadit|eval|kernels|launcher)/[a-z_/]+\.py)\b", text)
-            for path in {*links, *paths}:
+            paths = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+            paths |= {path for pattern in patterns for path in re.findall(pattern, text)}
+            for path in paths:
                 places = (ROOT, ROOT / "docs", ROOT / "megadit")
                 assert any((place / path).exists() for place in places), f"{where}: {path}"
