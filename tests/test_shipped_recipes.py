@@ -28,7 +28,8 @@ def test_every_recipe_has_a_whole_table(name: str) -> None:
     assert recipe.name == name
     model = base_shapes.meta_model(recipe.model)
     assert [spec.name for spec in specs] == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len({spec.lr for spec in specs}) == (1 if recipe.parametrization.kind == "sp" or base_sized(name) else 2)
+    num_rates = 1 if recipe.parametrization.kind == "sp" or base_sized(name) else 2
+    assert len({spec.hyperparameters["lr"] for spec in specs}) == num_rates
 
 
 def base_sized(name: str) -> bool:
@@ -128,7 +129,7 @@ def test_18b_is_shown_in_seconds_without_its_memory(tmp_path: Path) -> None:
 
 def test_18b_has_two_classes_of_learning_rates_for_matrices() -> None:
     specs = build_table(load("mmdit-18b"))
-    groups = {group.lr: group.names for group in param_groups(specs)}
+    groups = {group.hyperparameters["lr"]: group.names for group in param_groups(specs)}
     assert sorted(groups) == [2**-12 / 10, 2**-12]
     roles = {lr: {spec.role for spec in specs if spec.name in names} for lr, names in groups.items()}
     assert roles == {2**-12 / 10: {"hidden"}, 2**-12: {"input", "output", "vector"}}

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megadit import optimizers
 from megadit.objectives import Losses
+from megadit.optimizers import OptimizerConfig, Slots
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initial_value
 from megadit.parametrization.spec import ParamSpec
-from megadit.recipe import Optimizer
 
 # Runs the model on one micro-batch and returns the losses of its samples.
 LossClosure = Callable[[nn.Module], Losses]
@@ -63,8 +64,8 @@ class Engine(Protocol):
         """The losses of one batch, without gradients."""
         ...
 
-    def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Adam's first and second moments by name, as views in the layout of `shards`."""
+    def optimizer_state(self) -> Mapping[str, Slots]:
+        """The slots of the optimizer's state by parameter, as views in the layout of `shards`."""
         ...
 
     def weights_written(self) -> None:
@@ -72,7 +73,7 @@ class Engine(Protocol):
         ...
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Set the optimizer's step count, from which Adam corrects the bias of its moments."""
+        """Set the optimizer's step count, from which Adam, for one, corrects the bias of its moments."""
         ...
 
 
@@ -129,18 +130,14 @@ def load_initial_weights(engine: Engine, specs: Sequence[ParamSpec], seed: int) 
     engine.weights_written()
 
 
-def adamw(parameters: Mapping[str, Tensor], specs: Sequence[ParamSpec], recipe: Optimizer) -> torch.optim.AdamW:
-    """torch's AdamW over the named parameters, grouped as the parameter table says."""
+def build_optimizer(
+    parameters: Mapping[str, Tensor], specs: Sequence[ParamSpec], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the named parameters, grouped as the parameter table says."""
     groups = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-            "eps": group.eps,
-        }
-        for group in param_groups(specs)
+        {"params": [parameters[name] for name in group.names], **group.hyperparameters} for group in param_groups(specs)
     ]
-    return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+    return optimizers.kind_of(config).build(groups, config)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""FSDP2, HSDP, and the plain single process: all train with torch's AdamW on this rank's flat fp32 shards.
+"""FSDP2, HSDP, and the plain single process: all train on this rank's flat fp32 shards.
 
 The optimizer never sees a DTensor. Its parameters are flat views of the local shards, so that one update costs the same
 launches on one rank and on many, learning-rate groups come from the parameter table by name, and the single process
@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard as ShardPlacement
 
-from megadit import models
+from megadit import models, optimizers
 from megadit.engines.base import (
     LossClosure,
     Shard,
     StepResult,
-    adamw,
+    build_optimizer,
     load_initial_weights,
     materialise,
     mean_loss,
@@ -34,6 +34,7 @@ from megadit.engines.base import (
 )
 from megadit.engines.blocks import prepare_blocks
 from megadit.objectives import Losses
+from megadit.optimizers import Slots
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -63,7 +64,8 @@ class TorchEngine:
         self.shards: Mapping[str, Shard] = {name: shard_of(p) for name, p in self._parameters.items()}
         load_initial_weights(self, specs, recipe.seed)
         self._leaves = {name: nn.Parameter(shard.values) for name, shard in self.shards.items()}
-        self._optimizer = adamw(self._leaves, specs, recipe.optimizer)
+        self._kind = optimizers.kind_of(recipe.optimizer)
+        self._optimizer = build_optimizer(self._leaves, specs, recipe.optimizer)
         self._base_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self.set_num_steps(0)
 
@@ -91,9 +93,9 @@ class TorchEngine:
         with self._precision():
             return micro_batch(self.model)
 
-    def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+    def optimizer_state(self) -> Mapping[str, Slots]:
         states = self._optimizer.state
-        return {n: (states[leaf]["exp_avg"], states[leaf]["exp_avg_sq"]) for n, leaf in self._leaves.items()}
+        return {name: {slot: states[leaf][slot] for slot in self._kind.slots} for name, leaf in self._leaves.items()}
 
     def weights_written(self) -> None:
         """Free what is gathered: evaluation leaves the root's weights gathered, and they are stale now."""
@@ -103,11 +105,7 @@ class TorchEngine:
 
     def set_num_steps(self, num_steps: int) -> None:
         for leaf in self._leaves.values():
-            state = self._optimizer.state[leaf]
-            if not state:  # torch makes the moments at the first step; a checkpoint may need them before
-                state["exp_avg"] = torch.zeros_like(leaf)
-                state["exp_avg_sq"] = torch.zeros_like(leaf)
-            state["step"] = torch.tensor(float(num_steps), device=leaf.device)
+            self._kind.set_num_steps(self._optimizer.state[leaf], leaf, num_steps)
 
     def _precision(self) -> AbstractContextManager[None]:
         """FSDP2 casts by its own policy; a plain model casts by autocast. Weights are fp32 either way."""
@@ -135,7 +133,7 @@ class TorchEngine:
         return squared_norms(gradients) / self._num_replicas
 
     def _update(self, gradients: list[Tensor], norm: float, lr_factor: float) -> None:
-        """Clip the gradients to the allowed norm and run AdamW."""
+        """Clip the gradients to the allowed norm and run the optimizer."""
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, -2 and -3 with torch's AdamW, our own schedule and our own checkpoints.
+"""DeepSpeed ZeRO-1, -2 and -3 with the recipe's optimizer, our own schedule and our own checkpoints.
 
 DeepSpeed's schedulers rewrite the learning rate of every group, and its ZeRO-3 resharding gives group 0's
 hyperparameters to all groups (both measured with 0.19.8), so neither is used: groups come from the parameter table,
@@ -20,12 +20,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from megadit import models
+from megadit import models, optimizers
 from megadit.engines.base import (
     LossClosure,
     Shard,
     StepResult,
-    adamw,
+    build_optimizer,
     load_initial_weights,
     materialise,
     mean_loss,
@@ -35,6 +35,7 @@ from megadit.engines.base import (
 )
 from megadit.engines.blocks import num_parameters_of_blocks, prepare_blocks
 from megadit.objectives import Losses
+from megadit.optimizers import Slots
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -57,7 +58,8 @@ class ZeroEngine:
         self.model = self._build(recipe, config)
         set_multipliers(self.model, specs)
         self._parameters = dict(self.model.named_parameters())
-        optimizer = adamw(self._parameters, specs, recipe.optimizer)
+        self._kind = optimizers.kind_of(recipe.optimizer)
+        optimizer = build_optimizer(self._parameters, specs, recipe.optimizer)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._engine: Any
         self._optimizer: Any
@@ -109,10 +111,10 @@ class ZeroEngine:
         self._engine.eval()
         return micro_batch(self._engine)
 
-    def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+    def optimizer_state(self) -> Mapping[str, Slots]:
         states = self._optimizer.optimizer.state
         return {
-            name: (place.of(states[place.flat]["exp_avg"]), place.of(states[place.flat]["exp_avg_sq"]))
+            name: {slot: place.of(states[place.flat][slot]) for slot in self._kind.slots}
             for name, place in self._places.items()
         }
 
@@ -141,11 +143,7 @@ class ZeroEngine:
 
     def set_num_steps(self, num_steps: int) -> None:
         for weights in {id(place.flat): place.flat for place in self._places.values()}.values():
-            state = self._optimizer.optimizer.state[weights]
-            if not state:  # torch makes the moments at the first step; a checkpoint may need them before
-                state["exp_avg"] = torch.zeros_like(weights)
-                state["exp_avg_sq"] = torch.zeros_like(weights)
-            state["step"] = torch.tensor(float(num_steps), device=weights.device)
+            self._kind.set_num_steps(self._optimizer.optimizer.state[weights], weights, num_steps)
 
 
 def _connect(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The row of the parameter table: all that the parametrization decides about one tensor."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,5 @@ class ParamSpec:
     width_mult: float  # width / base width of the last dimension that is a width; 1 without one
     init: InitKind
     init_std: float  # 0 for the constant kinds
-    lr: float
-    weight_decay: float
-    eps: float
+    hyperparameters: Mapping[str, float]  # of the optimizer: lr, weight_decay, and what the optimizer has beside them
     multiplier: float = 1.0  # in the forward pass; other than 1 only for weights of Readout

@@ -13,6 +13,7 @@ from torch import nn
 
 from megadit import models
 from megadit.models.layers import Readout
+from megadit.optimizers import Scaling
 from megadit.parametrization import base_shapes
 from megadit.parametrization.base_shapes import BaseShapes
 from megadit.parametrization.groups import param_groups
@@ -40,7 +41,7 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
 
     Raises ValueError for a parameter without a role, or without a rule for its initial value.
     """
-    parametrization, optimizer, family = recipe.parametrization, recipe.optimizer, models.family_of(recipe.model)
+    parametrization, family = recipe.parametrization, models.family_of(recipe.model)
     specs = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -54,7 +55,7 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
         hidden_mult = m if role == "hidden" else 1.0
         rule = rule_of(name, family, parametrization)
         base_dims = [size if dim is None else dim for size, dim in zip(shape, base, strict=True)]
-        decay_mult = hidden_mult ** (1 - parametrization.decay_exponent)
+        scaling = Scaling(hidden_mult, role == "vector", parametrization.decay_exponent, parametrization.scale_eps)
         specs.append(
             ParamSpec(
                 name=name,
@@ -63,9 +64,7 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
                 width_mult=m,
                 init=rule.kind,
                 init_std=standard_deviation(rule, base_dims, hidden_mult),
-                lr=optimizer.lr / hidden_mult,
-                weight_decay=optimizer.weight_decay * decay_mult,
-                eps=optimizer.eps / hidden_mult if parametrization.scale_eps else optimizer.eps,
+                hyperparameters=recipe.optimizer.hyperparameters(scaling),
                 multiplier=parametrization.output_mult / m if role == "output" else 1.0,
             )
         )
@@ -74,7 +73,11 @@ def table_of(model: nn.Module, shapes: BaseShapes | None, recipe: Recipe) -> lis
 
 def to_rows(specs: Iterable[ParamSpec]) -> list[dict[str, Any]]:
     """The table for JSON."""
-    return [asdict(spec) | {"shape": list(spec.shape)} for spec in specs]
+    return [
+        {key: value for key, value in asdict(spec).items() if key != "hyperparameters"}
+        | {"shape": list(spec.shape), **spec.hyperparameters}
+        for spec in specs
+    ]
 
 
 def format_table(specs: Sequence[ParamSpec]) -> str:
@@ -91,8 +94,8 @@ def format_table(specs: Sequence[ParamSpec]) -> str:
                 f"{spec.width_mult:g}",
                 init,
                 f"{spec.multiplier:g}",
-                f"{spec.lr:.4g}",
-                f"{spec.weight_decay:.4g}",
+                f"{spec.hyperparameters['lr']:.4g}",
+                f"{spec.hyperparameters['weight_decay']:.4g}",
             )
         )
     total = sum(math.prod(spec.shape) for spec in specs)
@@ -102,14 +105,14 @@ def format_table(specs: Sequence[ParamSpec]) -> str:
 def _group_rows(specs: Sequence[ParamSpec]) -> list[tuple[str, ...]]:
     """One row for every group of the optimizer: what is trained alike."""
     by_name = {spec.name: spec for spec in specs}
-    rows: list[tuple[str, ...]] = [("lr", "weight decay", "eps", "tensors", "roles", "")]
+    names = [name.replace("_", " ") for name in specs[0].hyperparameters]
+    rows: list[tuple[str, ...]] = [(*names, "tensors", "roles", "")]
     for group in param_groups(specs):
         members = [by_name[name] for name in group.names]
         roles = ", ".join(dict.fromkeys(spec.role for spec in members))
         count = _count(sum(math.prod(spec.shape) for spec in members))
-        rows.append(
-            (f"{group.lr:.4g}", f"{group.weight_decay:.4g}", f"{group.eps:.4g}", str(len(members)), roles, count)
-        )
+        values = [f"{value:.4g}" for value in group.hyperparameters.values()]
+        rows.append((*values, str(len(members)), roles, count))
     return rows
 
 

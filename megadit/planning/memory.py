@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megadit import models
+from megadit import models, optimizers
 from megadit.engines.blocks import num_parameters_of_blocks
 from megadit.models import ModelConfig
 from megadit.parametrization.table import build_table
@@ -26,7 +26,7 @@ class Memory:
     """Bytes of one rank, item by item; all are this rank's share but for `gathered` and `activations`."""
 
     weights: int  # fp32, and what the engine keeps of them in the dtype of the matrix products
-    moments: int
+    optimizer_state: int
     averages: int
     gradients: int
     gathered: int  # whole weights and gradients, for a part of a step
@@ -35,15 +35,16 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most held at once: in the backward pass activations go as gradients come."""
-        states = self.weights + self.moments + self.averages
+        states = self.weights + self.optimizer_state + self.averages
         return states + self.gathered + max(self.gradients, self.activations)
 
 
 def predict(recipe: Recipe, num_ranks: int, text_tokens: int) -> Memory:
     """The memory of each of `num_ranks` ranks for captions of `text_tokens` tokens; all of it on one device.
 
-    States are 16 bytes a parameter and 4 for each average, over the shards; in flight are the weights of two blocks in
-    the dtype of the matrix products, and their gradients in fp32. Raises ValueError for what this does not cover.
+    States are 8 bytes a parameter and 4 for each slot of the optimizer and each average, over the shards; in flight are
+    the weights of two blocks in the dtype of the matrix products, and their gradients in fp32. Raises ValueError for
+    what this does not cover.
     """
     engine, training = recipe.engine, recipe.training
     _require_covered(recipe)
@@ -70,7 +71,7 @@ def predict(recipe: Recipe, num_ranks: int, text_tokens: int) -> Memory:
     num_averages = len(training.ema_rates) + len(training.ema_power_stds)
     return Memory(
         weights=weights,
-        moments=2 * share,
+        optimizer_state=len(optimizers.kind_of(recipe.optimizer).slots) * share,
         averages=num_averages * share,
         gradients=gradients,
         gathered=gathered,

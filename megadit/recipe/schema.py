@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from megadit.models import FAMILIES, ModelConfig
-from megadit.node import Fraction, Node, PositiveInt, Power
+from megadit.node import Fraction, Node, PositiveInt
 from megadit.objectives import OBJECTIVES, ObjectiveConfig, sampler_names
 from megadit.objectives.flow import FlowObjective
+from megadit.optimizers import OPTIMIZERS, OptimizerConfig
 from megadit.registry import Registry
 
 
@@ -77,18 +78,6 @@ class Encoders(Node):
         if self.sharded and self.text is None:
             raise ValueError("sharded is about the text encoder; state text")
         return self
-
-
-class Optimizer(Node):
-    """AdamW; `lr` is the base learning rate, which the parametrization scales by role."""
-
-    lr: Annotated[Power, Field(gt=0)]
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[Power, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[Power, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[Power, Field(gt=0)] | None = 1.0  # null: gradients are not clipped
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps, whatever the number of ranks
-    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
 
 
 class Training(Node):
@@ -246,7 +235,7 @@ class Recipe(Node):
     objective: SerializeAsAny[ObjectiveConfig] = FlowObjective()
     data: Data
     encoders: Encoders | None = None
-    optimizer: Optimizer
+    optimizer: SerializeAsAny[OptimizerConfig]
     training: Training
     engine: Engine = Engine()
     checkpoints: Checkpoints
@@ -292,6 +281,7 @@ class Section:
 SECTIONS: Mapping[str, Section] = {
     "model": Section("family", FAMILIES),
     "objective": Section("kind", OBJECTIVES),
+    "optimizer": Section("kind", OPTIMIZERS, default="adamw"),
 }
 
 

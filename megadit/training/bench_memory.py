@@ -41,7 +41,7 @@ NUM_STEPS = 3
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 MIB = 2**20
 CPU = torch.device("cpu")
-ITEMS = ("weights", "moments", "averages", "gradients", "gathered", "activations")
+ITEMS = ("weights", "optimizer_state", "averages", "gradients", "gathered", "activations")
 
 
 def compare(source: str, overrides: Sequence[str], names: Sequence[str], ranks: Sequence[int]) -> str:

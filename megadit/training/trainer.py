@@ -1,7 +1,6 @@
 """The training loop. A run is a function of its recipe; the number of images seen says where it is."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,7 +170,8 @@ class Trainer:
             self._telemetry.timed(self._loss_of(part, part_B))
             for part, part_B in zip(batch.split(micro_batch_size), timestep_B.split(micro_batch_size), strict=True)
         ]
-        result = self._engine.train_step(losses, lr_factor(self._recipe, step))
+        lr_factor = self._recipe.optimizer.lr_factor(step, self._recipe.num_steps)
+        result = self._engine.train_step(losses, lr_factor)
         self._telemetry.count(batch)
         if result.skipped:
             self._skipped.skipped(step, self._images_seen, batch, result)
@@ -180,7 +180,7 @@ class Trainer:
             self._averages.update(step + 1)
             self._num_updates += 1
         self._images_seen += batch_size
-        reporter.step(self._images_seen, timestep_B, result, lr_factor(self._recipe, step), self._skipped)
+        reporter.step(self._images_seen, timestep_B, result, lr_factor, self._skipped)
 
     def _loss_of(self, batch: Batch, timestep_B: Tensor) -> LossClosure:
         device = self._engine.device
@@ -205,13 +205,3 @@ class Trainer:
 
     def _save(self) -> None:
         self._saver.save(self._images_seen, self._num_updates)
-
-
-def lr_factor(recipe: Recipe, step: int) -> float:
-    """The learning rate of step `step` (from 0) as a fraction of the recipe's."""
-    warmup = recipe.optimizer.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if recipe.optimizer.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.num_steps - warmup)))

@@ -62,10 +62,7 @@ def plain_model(recipe: Recipe) -> nn.Module:
 
 def plain_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """One group for each parameter."""
-    groups = [
-        {"params": [model.get_parameter(s.name)], "lr": s.lr, "weight_decay": s.weight_decay, "eps": s.eps}
-        for s in build_table(recipe)
-    ]
+    groups = [{"params": [model.get_parameter(s.name)], **s.hyperparameters} for s in build_table(recipe)]
     return torch.optim.AdamW(groups, betas=recipe.optimizer.betas, foreach=False)
 
 
@@ -149,13 +146,12 @@ def test_initial_weights_are_those_of_the_table(ranks: list[Any], expected: dict
 def test_optimizer_groups_are_those_of_the_table(ranks: list[Any], case: Case) -> None:
     recipe = case.plain
     groups = param_groups(build_table(recipe))
-    assert len({group.lr for group in groups}) > 1
+    assert len({group.hyperparameters["lr"] for group in groups}) > 1
     for rank in ranks:
         for found, group in zip(rank["groups"], groups, strict=True):
             assert found == {
-                "lr": group.lr * LR_FACTORS[-1],
-                "weight_decay": group.weight_decay,
-                "eps": group.eps,
+                **group.hyperparameters,
+                "lr": group.hyperparameters["lr"] * LR_FACTORS[-1],
                 "betas": recipe.optimizer.betas,
             }
 

@@ -99,9 +99,9 @@ def differences(specs: Sequence[ParamSpec], recipe: Recipe) -> list[str]:
             found.append(f"{spec.name}: role {spec.role}")
         pairs = {
             "width_mult": (spec.width_mult, parameter.infshape.width_mult()),
-            "lr": (spec.lr, group["lr"]),
-            "weight_decay": (spec.weight_decay, group["weight_decay"]),
-            "eps": (spec.eps, group["eps"]),
+            "lr": (spec.hyperparameters["lr"], group["lr"]),
+            "weight_decay": (spec.hyperparameters["weight_decay"], group["weight_decay"]),
+            "eps": (spec.hyperparameters["eps"], group["eps"]),
         }
         owner = model.get_submodule(spec.name.rpartition(".")[0])
         if isinstance(owner, mup.MuReadout) and parameter.ndim == 2:
@@ -133,10 +133,14 @@ def test_table_equals_mup(make_recipe: MakeRecipe, family: str, changes: dict) -
     assert differences(build_table(recipe), recipe) == []
 
 
+def with_hyperparameter(spec: ParamSpec, name: str, factor: float) -> ParamSpec:
+    return replace(spec, hyperparameters={**spec.hyperparameters, name: factor * spec.hyperparameters[name]})
+
+
 BREAKAGES: dict[str, Callable[[ParamSpec], ParamSpec]] = {
-    "hidden lr not divided": lambda s: replace(s, lr=s.lr * s.width_mult) if s.role == "hidden" else s,
+    "hidden lr not divided": lambda s: with_hyperparameter(s, "lr", s.width_mult) if s.role == "hidden" else s,
     "hidden weight decay not multiplied": lambda s: (
-        replace(s, weight_decay=s.weight_decay / s.width_mult) if s.role == "hidden" else s
+        with_hyperparameter(s, "weight_decay", 1 / s.width_mult) if s.role == "hidden" else s
     ),
     "readout multiplier 1": lambda s: replace(s, multiplier=1.0),
     "input initialised as hidden": lambda s: (
@@ -196,12 +200,7 @@ def trained_as_ours(recipe: Recipe, specs: Sequence[ParamSpec]) -> tuple[list[fl
     initialise(model, specs, SEED)
     model = model.double()
     groups = [
-        {
-            "params": [model.get_parameter(name) for name in group.names],
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-            "eps": group.eps,
-        }
+        {"params": [model.get_parameter(name) for name in group.names], **group.hyperparameters}
         for group in param_groups(specs)
     ]
     return train(model, torch.optim.AdamW(groups), recipe), model

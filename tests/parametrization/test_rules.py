@@ -57,8 +57,8 @@ def test_tables_of_the_paper(name: str, expected: dict[str, tuple[float, float, 
         used.add(pattern)
         std, lr, decay = expected[pattern]
         assert spec.init_std == pytest.approx(std, rel=0.006), spec.name
-        assert spec.lr == pytest.approx(lr * 2**-10), spec.name
-        assert spec.weight_decay == pytest.approx(decay * 0.03), spec.name
+        assert spec.hyperparameters["lr"] == pytest.approx(lr * 2**-10), spec.name
+        assert spec.hyperparameters["weight_decay"] == pytest.approx(decay * 0.03), spec.name
         assert spec.multiplier == (1 / 4 if spec.name == "final_layer.linear.weight" else 1), spec.name
     assert used == expected.keys()
 
@@ -92,21 +92,21 @@ def test_decay_exponent(exponent: float) -> None:
     recipe = load("pixart-mup", [f"parametrization.decay_exponent={exponent!r}"])
     specs = build_table(recipe)
     for spec in hidden(specs):
-        per_step = spec.lr * spec.weight_decay
+        per_step = spec.hyperparameters["lr"] * spec.hyperparameters["weight_decay"]
         assert per_step == pytest.approx(2**-10 * 0.03 * 4**-exponent)
-    assert {spec.weight_decay for spec in specs if spec.role != "hidden"} == {0.03}
+    assert {spec.hyperparameters["weight_decay"] for spec in specs if spec.role != "hidden"} == {0.03}
 
 
 def test_scale_eps() -> None:
     specs = build_table(load("pixart-mup", ["parametrization.scale_eps=true"]))
-    assert {spec.eps for spec in hidden(specs)} == {1e-10 / 4}
-    assert {spec.eps for spec in specs if spec.role != "hidden"} == {1e-10}
+    assert {spec.hyperparameters["eps"] for spec in hidden(specs)} == {1e-10 / 4}
+    assert {spec.hyperparameters["eps"] for spec in specs if spec.role != "hidden"} == {1e-10}
 
 
 def test_options_do_nothing_at_base_width_or_by_default() -> None:
     options = ["parametrization.scale_eps=true", "parametrization.decay_exponent=1"]
     assert build_table(load("pixart-mup-proxy", options)) == build_table(load("pixart-mup-proxy"))
-    assert {spec.eps for spec in build_table(load("pixart-mup"))} == {1e-10}
+    assert {spec.hyperparameters["eps"] for spec in build_table(load("pixart-mup"))} == {1e-10}
 
 
 def test_rows_that_are_a_width_are_refused(make_recipe: MakeRecipe) -> None:
@@ -119,3 +119,16 @@ def test_a_parameter_without_an_initialisation_is_refused(make_recipe: MakeRecip
     base, delta, target = (nn.Sequential(nn.PReLU(width)) for width in (8, 16, 32))
     with pytest.raises(ValueError, match=r"0\.weight: no initialisation is known for it in family pixart"):
         table_of(target, base_shapes.compare(base, delta), make_recipe("pixart"))
+
+
+@pytest.mark.parametrize("name", ["dit-mup-search", "pixart-mup", "mmdit-18b"])
+def test_biases_and_gains_can_be_left_out_of_decay(name: str) -> None:
+    decayed, spared = (
+        build_table(load(name, ["optimizer.weight_decay=0.1", f"optimizer.decay_vectors={keep}"]))
+        for keep in ("true", "false")
+    )
+    for before, after in zip(decayed, spared, strict=True):
+        expected = 0.0 if len(before.shape) == 1 else before.hyperparameters["weight_decay"]
+        assert before.hyperparameters["weight_decay"] > 0
+        assert after.hyperparameters == {**before.hyperparameters, "weight_decay": expected}, before.name
+    assert {spec.name.rsplit(".")[-1] for spec in spared if spec.hyperparameters["weight_decay"] == 0} >= {"bias"}

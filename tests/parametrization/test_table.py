@@ -126,7 +126,7 @@ def test_standard_parametrization(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(parametrization={"kind": "sp", "base_width": None, "output_mult": 2.0})
     specs = build_table(recipe)
     assert {s.role for s in specs} == {"finite", "vector", "output"}
-    assert {(s.lr, s.weight_decay, s.width_mult) for s in specs} == {(2.0**-6, 0.1, 1.0)}
+    assert {(*s.hyperparameters.values(), s.width_mult) for s in specs} == {(2.0**-6, 0.1, 1e-8, 1.0)}
     assert len(param_groups(specs)) == 1
     assert readout_multipliers(specs) == {"readout": 2.0}
     by_name = {s.name: s for s in specs}
@@ -179,14 +179,14 @@ def test_multipliers_are_set_on_a_meta_model(make_recipe: MakeRecipe) -> None:
 )
 def test_groups_partition_the_table(rows: list[tuple[float, float, float]]) -> None:
     specs = [
-        ParamSpec(f"p{i}", (1,), "vector", 1.0, "zero", 0.0, lr, weight_decay, eps)
-        for i, (lr, weight_decay, eps) in enumerate(rows)
+        ParamSpec(f"p{i}", (1,), "vector", 1.0, "zero", 0.0, dict(zip(("lr", "weight_decay", "eps"), row, strict=True)))
+        for i, row in enumerate(rows)
     ]
     groups = param_groups(specs)
-    assert len({(g.lr, g.weight_decay, g.eps) for g in groups}) == len(groups)
+    assert len({tuple(g.hyperparameters.items()) for g in groups}) == len(groups)
     assert sorted(name for g in groups for name in g.names) == sorted(s.name for s in specs)
-    owner = {name: (g.lr, g.weight_decay, g.eps) for g in groups for name in g.names}
-    assert all(owner[s.name] == (s.lr, s.weight_decay, s.eps) for s in specs)
+    owner = {name: g.hyperparameters for g in groups for name in g.names}
+    assert all(owner[s.name] == s.hyperparameters for s in specs)
 
 
 def test_printed_table_and_json(make_recipe: MakeRecipe) -> None:

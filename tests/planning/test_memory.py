@@ -29,7 +29,7 @@ def test_the_18b_model_on_eight_and_sixty_four_ranks() -> None:
         ways += ["data.num_streams=64", "training.precision=bf16"]
         ways += ["training.batch_size=64", "training.num_images=64"]
         memory = predict(load("mmdit-18b", ways), num_ranks, 77)
-        states = memory.weights + memory.moments + memory.averages + memory.gradients
+        states = memory.weights + memory.optimizer_state + memory.averages + memory.gradients
         assert states == pytest.approx(20 * 17.8e9 / num_ranks, rel=0.01)
         block = 36 * 5120**2
         assert memory.gathered == pytest.approx(12 * block, rel=0.1)
@@ -37,7 +37,7 @@ def test_the_18b_model_on_eight_and_sixty_four_ranks() -> None:
 
 def test_states_are_divided_by_the_shards_and_what_is_gathered_is_not() -> None:
     one, four = on_ranks(1), on_ranks(4)
-    for item in ("weights", "moments", "averages", "gradients", "activations"):
+    for item in ("weights", "optimizer_state", "averages", "gradients", "activations"):
         assert getattr(four, item) == pytest.approx(getattr(one, item) / 4, rel=1e-3), item
     assert four.gathered == one.gathered
     replicated = on_ranks(4, "engine.num_replicas=2")

@@ -21,7 +21,7 @@ from megadit import engines
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
-from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents
+from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents, files
 from megadit.training.checkpoint.reader import Reader
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
@@ -53,7 +53,7 @@ def fill(engine: Engine, averages: Averages, step: int) -> None:
     for name, shard in engine.shards.items():
         shard.values.fill_(step)
         averages.by_name()["ema_0.9"][name].fill_(step + 0.5)
-        first, second = engine.moments()[name]
+        first, second = engine.optimizer_state()[name].values()
         first.fill_(-step)
         second.fill_(2 * step)
 
@@ -123,7 +123,7 @@ def test_everything_that_was_saved_is_loaded(three: Path, tiny_recipe: Callable[
     header = checkpoint.load(three / NAMES[1], other, averages)
     assert (header.images_seen, header.num_steps) == (32, 2)
     for name, shard in other.shards.items():
-        first, second = other.moments()[name]
+        first, second = other.optimizer_state()[name].values()
         found = [shard.values, averages.by_name()["ema_0.9"][name], first, second]
         assert [values.unique().tolist() for values in found] == [[2.0], [2.5], [-2.0], [4.0]]
 
@@ -201,7 +201,7 @@ def test_loading_finds_damage_and_takes_the_one_before(
     assert (header.images_seen, header.num_steps) == (32, 2)
     assert reason in caplog.text
     for name, shard in other.shards.items():
-        first, second = other.moments()[name]
+        first, second = other.optimizer_state()[name].values()
         found = [shard.values, averages.by_name()["ema_0.9"][name], first, second]
         assert [values.unique().tolist() for values in found] == [[2.0], [2.5], [-2.0], [4.0]]
 
@@ -316,3 +316,23 @@ def test_a_checkpoint_of_another_width_is_refused(three: Path, tiny_recipe: Call
 def test_unknown_weights_are_refused_with_those_there_are(three: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights 'ema_0\.5'; there are: weight, ema_0\.9"):
         checkpoint.read_tensors(three / NAMES[0], "ema_0.5")
+
+
+def test_a_header_that_says_no_slots_is_of_adamw(save: Callable[..., None], engine: Engine, tmp_path: Path) -> None:
+    """As versions wrote it that had no other optimizer."""
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / NAMES[0]
+    tree = json.loads((path / "checkpoint.json").read_text())["header"]
+    assert tree.pop("slots") == ["exp_avg", "exp_avg_sq"]
+    sealed = {"header": tree, "crc32": files._crc32_of_tree(tree)}
+    (path / "checkpoint.json").write_text(json.dumps(sealed))
+    assert checkpoint.load(path, engine, Averages(engine.shards, [0.9])).num_steps == 1
+
+
+def test_the_state_of_another_optimizer_is_refused(save: Callable[..., None], engine: Engine, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / NAMES[0]
+    tree = json.loads((path / "checkpoint.json").read_text())["header"] | {"slots": ["average"]}
+    (path / "checkpoint.json").write_text(json.dumps({"header": tree, "crc32": files._crc32_of_tree(tree)}))
+    with pytest.raises(CheckpointError, match=r"another optimizer: average there, exp_avg, exp_avg_sq here"):
+        checkpoint.load(path, engine, Averages(engine.shards, [0.9]))

@@ -17,7 +17,6 @@ from megadit.sampling.generate import sample
 from megadit.training import checkpoint, trainer
 from megadit.training.ema import Averages
 from megadit.training.signals import STOP_SIGNALS, stop_on_signal
-from megadit.training.trainer import lr_factor
 
 SHORT = ("training.num_images=48", "checkpoints.every_images=48", "validation.every_images=48")
 
@@ -204,13 +203,15 @@ def test_the_learning_rate_follows_torchs_schedules(schedule: str, tiny_recipe: 
         expected.append(sequence.get_last_lr()[0])
         optimizer.step()
         sequence.step()
-    assert [lr_factor(recipe, step) for step in range(steps)] == pytest.approx(expected, abs=1e-9)
+    factors = [recipe.optimizer.lr_factor(step, recipe.num_steps) for step in range(steps)]
+    assert factors == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_last_step_of_cosine_is_not_wasted(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe()
-    assert 0 < lr_factor(recipe, recipe.num_steps - 1) < lr_factor(recipe, recipe.num_steps - 2) < 1
-    assert math.isclose(lr_factor(recipe, recipe.optimizer.warmup_steps), 1.0)
+    factors = [recipe.optimizer.lr_factor(step, recipe.num_steps) for step in range(recipe.num_steps)]
+    assert 0 < factors[-1] < factors[-2] < 1
+    assert math.isclose(factors[recipe.optimizer.warmup_steps], 1.0)
 
 
 def test_signal_handlers_are_put_back() -> None:

@@ -44,8 +44,12 @@ def test_standard_parametrization_is_far_outside(twin: Callable[..., Recipe], fa
     assert step > 0
 
 
+def with_hyperparameter(spec: ParamSpec, name: str, factor: float) -> ParamSpec:
+    return replace(spec, hyperparameters={**spec.hyperparameters, name: factor * spec.hyperparameters[name]})
+
+
 BREAKAGES: dict[str, Callable[[ParamSpec], ParamSpec]] = {
-    "hidden lr not divided": lambda s: replace(s, lr=s.lr * s.width_mult) if s.role == "hidden" else s,
+    "hidden lr not divided": lambda s: with_hyperparameter(s, "lr", s.width_mult) if s.role == "hidden" else s,
     "readout multiplier 1": lambda s: replace(s, multiplier=1.0),
     "a table initialised as hidden": lambda s: (
         replace(s, init_std=s.init_std * s.width_mult**-0.5) if "embedding_table" in s.name else s

@@ -43,7 +43,10 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
         ]
         found["weight"] = weights()
         found["ema"] = parts(averages.by_name()["ema_0.9"])
-        found["moments"] = [parts({n: pair[number] for n, pair in engine.moments().items()}) for number in (0, 1)]
+        found["moments"] = [
+            parts({name: slots[slot] for name, slots in engine.optimizer_state().items()})
+            for slot in ("exp_avg", "exp_avg_sq")
+        ]
 
         batch = next(stream)
 

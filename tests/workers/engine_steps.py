@@ -43,7 +43,12 @@ def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str,
         found["norms"].append(result.grad_norm)
         found["skipped"].append(result.skipped)
         weights = {name: shard.values.clone() for name, shard in engine.shards.items()}
-        found["states"].append([weights, *({n: m[i].clone() for n, m in engine.moments().items()} for i in (0, 1))])
+        found["states"].append(
+            [
+                weights,
+                *({n: m[s].clone() for n, m in engine.optimizer_state().items()} for s in ("exp_avg", "exp_avg_sq")),
+            ]
+        )
     return found
 
 

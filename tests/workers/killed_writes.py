@@ -42,7 +42,7 @@ class Saves:
                 die_before(kill_point, run / "checkpoints", log)
             for name, shard in self._engine.shards.items():
                 average = self._averages.by_name()["ema_0.9"][name]
-                for values in (shard.values, average, *self._engine.moments()[name]):
+                for values in (shard.values, average, *self._engine.optimizer_state()[name].values()):
                     values.fill_(value)
             with (
                 process_group(needed=False),

@@ -5,9 +5,10 @@
         .metadata          the index, torch.distributed.checkpoint's: where each range is, CRC-32 of each of its blocks
         rank-0.bin, ...    flat fp32 ranges of KIND/PARAMETER, bytes and nothing else, one file for each rank
 
-KIND is `weight`, `exp_avg`, `exp_avg_sq` or the name of an average. A checkpoint is written under a temporary name,
-synced and renamed, so a folder with the final name is complete; what happens to it afterwards is found by the CRCs
-while it is loaded, and the one before is used. The newest is found by name: nothing points to it.
+KIND is `weight`, a slot of the optimizer's state (AdamW has `exp_avg` and `exp_avg_sq`) or the name of an average. A
+checkpoint is written under a temporary name, synced and renamed, so a folder with the final name is complete; what
+happens to it afterwards is found by the CRCs while it is loaded, and the one before is used. The newest is found by
+name: nothing points to it.
 
 `files` knows the folder, `extents` the bytes in it, `writer` fills one, `saver` calls it beside the training loop,
 `reader` and `loading` read, `copies` keeps a second copy elsewhere, `export` makes files for inference.

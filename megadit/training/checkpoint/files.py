@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Header:
     averages: list[str]
     files: dict[str, int]  # name -> bytes
     index_crc: int  # CRC-32 of .metadata, which has those of the data files
+    # Of the optimizer; the headers of versions before 0.2, which had AdamW alone, do not say them.
+    slots: list[str] = field(default_factory=lambda: ["exp_avg", "exp_avg_sq"])
 
     @property
     def num_bytes(self) -> int:

@@ -28,11 +28,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", modul
 
 def state_of(engine: Engine, averages: Averages) -> dict[str, FlatRange]:
     """KIND/PARAMETER -> the range of it that this rank holds, sharing memory with the engine."""
-    moments = engine.moments()
+    states = engine.optimizer_state()
     kinds: dict[str, Mapping[str, Tensor]] = {
         "weight": {name: shard.values for name, shard in engine.shards.items()},
-        "exp_avg": {name: first for name, (first, _) in moments.items()},
-        "exp_avg_sq": {name: second for name, (_, second) in moments.items()},
+        **{slot: {name: state[slot] for name, state in states.items()} for slot in slots_of(engine)},
         **averages.by_name(),
     }
     return {
@@ -40,6 +39,11 @@ def state_of(engine: Engine, averages: Averages) -> dict[str, FlatRange]:
         for kind, tensors in kinds.items()
         for name, values in tensors.items()
     }
+
+
+def slots_of(engine: Engine) -> list[str]:
+    """The slots of the engine's optimizer; all parameters have the same."""
+    return list(next(iter(engine.optimizer_state().values())))
 
 
 def newest_valid(folder: Path) -> Path | None:
@@ -96,7 +100,7 @@ def _first_whole(paths: Sequence[Path], use: Callable[[Path], Used]) -> tuple[Pa
 
 
 def load(path: Path, engine: Engine, averages: Averages) -> Header:
-    """Restore weights, moments, averages and the step count from a checkpoint of any engine and world size.
+    """Restore weights, optimizer state, averages and the step count from a checkpoint of any engine and world size.
 
     Verifies what it reads: raises DamageError on every rank, with a part of the state restored, when any finds damage.
     Raises CheckpointError when it is of another model.
@@ -147,3 +151,8 @@ def _check_same_model(path: Path, header: Header, engine: Engine) -> None:
     if wrong:
         shown = ", ".join(f"{n} ({header.shapes.get(n)} there, {expected.get(n)} here)" for n in wrong[:3])
         raise CheckpointError(f"{path} is of another model: {len(wrong)} parameters differ: {shown}")
+    if sorted(header.slots) != sorted(slots_of(engine)):
+        raise CheckpointError(
+            f"{path} has the state of another optimizer: {', '.join(header.slots)} there, "
+            f"{', '.join(slots_of(engine))} here; go on with the optimizer that it was written with"
+        )

@@ -21,7 +21,7 @@ from megadit.recipe import Recipe
 from megadit.training.checkpoint import files
 from megadit.training.checkpoint.copies import Copies
 from megadit.training.checkpoint.files import FORMAT, CheckpointError, Header
-from megadit.training.checkpoint.loading import newest_complete, state_of
+from megadit.training.checkpoint.loading import newest_complete, slots_of, state_of
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
@@ -103,6 +103,7 @@ class Saver:
             averages=list(self._averages.by_name()),
             files={},
             index_crc=0,
+            slots=slots_of(self._engine),
         )
         writer = Writer(self._folder, header, self._count)
         state = state_of(self._engine, self._averages)
