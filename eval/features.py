@@ -77,7 +77,7 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FeatureSettings:
     """How features are computed; only `batch_size` touches their last bits.
 
     `reference_folder` is where those of references are kept, for several sets of images; by default beside the images'.
@@ -88,13 +88,15 @@ class Settings:
     reference_folder: Path | None = None
 
 
-def extract(features: FeatureSet, located: Located, pictures: Pictures, folder: Path, settings: Settings) -> None:
+def extract(
+    features: FeatureSet, located: Located, pictures: Pictures, folder: Path, settings: FeatureSettings
+) -> None:
     """Complete the features of `pictures` in `folder`; the ranks share the work.
 
     Raises ValueError on every rank for a picture that is unreadable, of a single colour, or not the one that the list
     of finished units names, and for features that are not finite.
     """
-    store = Store(features, folder)
+    store = FeatureFiles(features, folder)
     missing = on_first_rank(lambda: store.missing(pictures))
     batches = _batches(len(pictures.digests), settings.batch_size)
     mine = [batch for batch in batches[rank() :: world_size()] if not missing.isdisjoint(batch)]
@@ -112,9 +114,9 @@ def _extract(
     features: FeatureSet,
     located: Located,
     pictures: Pictures,
-    store: "Store",
+    store: "FeatureFiles",
     batches: list[range],
-    settings: Settings,
+    settings: FeatureSettings,
 ) -> None:
     if not batches:
         return
@@ -147,7 +149,7 @@ def _prepared(encoder: Encoder, pictures: Pictures, batches: list[range]) -> Ite
             yield batch, torch.stack([image.result() for image in images])
 
 
-class Store:
+class FeatureFiles:
     """The records of one set of pictures under one feature set, in a folder."""
 
     def __init__(self, features: FeatureSet, folder: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megadit.data.local_s3 import LocalS3
-from megadit.eval.export import Exported, export_data
+from megadit.data.storage.local_s3 import LocalS3
+from megadit.eval.other_layouts import Exported, export_data
 from megadit.eval.report.write import write_report
 from megadit.eval.suite import suite
 from megadit.recipe import Evaluation, EvaluationMetric, EvaluationTask

@@ -78,12 +78,12 @@ def score_folder(
 ) -> Sequence[Mapping[str, Any]]:
     """The scores of a metric by its name, on every rank; call it on all ranks. Raises ValueError as the metrics do."""
     from megadit.eval import scoring
-    from megadit.eval.features import Settings
-    from megadit.eval.geneval.score import PROTOCOLS, score_geneval
-    from megadit.eval.metrics.registry import find
+    from megadit.eval.features import FeatureSettings
+    from megadit.eval.geneval.judging import PROTOCOLS, score_geneval
+    from megadit.eval.metrics.catalogue import find
 
     if metric not in PROTOCOLS:
-        settings = Settings(batch_size, device, reference_features)
+        settings = FeatureSettings(batch_size, device, reference_features)
         return scoring.score(find(metric, resize), folder, weights, reference, settings)
     if reference is not None or resize is not None:
         raise ValueError(f"{metric} takes neither --reference nor --resize: it judges images by their prompts")

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.eval.features import Pictures, Settings, Store, extract
+from megadit.checksums import sha256_of
+from megadit.eval.features import FeatureFiles, FeatureSettings, Pictures, extract
+from megadit.eval.metrics.catalogue import Compares, Metric, Value
 from megadit.eval.metrics.frechet import Moments, Statistics, frechet, frechet_stderr, load_statistics, save_statistics
-from megadit.eval.metrics.registry import Compares, Metric, Value
-from megadit.eval.pictures import Generated, fingerprint, open_reference
+from megadit.eval.picture_sets import Generated, fingerprint, open_reference
 from megadit.eval.units import write_text
-from megadit.eval.weights import Located, sha256_of
+from megadit.eval.weights import Located
 from megadit.training.ranks import on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def score(
     folder: Path,
     weights: Path,
     reference: Path | None,
-    settings: Settings,
+    settings: FeatureSettings,
 ) -> list[Score]:
     """Score the images of `folder` and write scores/<id>.json ("/" in the id becomes "_"); the scores, on every rank.
 
@@ -63,7 +64,7 @@ class _Job:
     metric: Metric
     located: Located
     folder: Path
-    settings: Settings
+    settings: FeatureSettings
 
     def store_folder(self, pictures: Pictures) -> Path:
         """Where the features of a set of pictures under these weights are kept."""
@@ -78,7 +79,7 @@ class _Job:
 
     def load(self, pictures: Pictures) -> Tensor:
         """The metric's columns, float32 [N, D]."""
-        return Store(self.metric.features, self.store_folder(pictures)).load(pictures, self.metric.columns)
+        return FeatureFiles(self.metric.features, self.store_folder(pictures)).load(pictures, self.metric.columns)
 
     def judge(self) -> str:
         """The feature set and its weights: what statistics must be of."""

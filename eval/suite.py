@@ -16,11 +16,11 @@ import yaml
 
 from megadit import recipe as recipes
 from megadit.eval import units
-from megadit.eval.generate import Options, generate
-from megadit.eval.geneval.score import PROTOCOLS
-from megadit.eval.metrics.registry import find
-from megadit.eval.pictures import Generated, fingerprint
+from megadit.eval.geneval.judging import PROTOCOLS
+from megadit.eval.metrics.catalogue import find
+from megadit.eval.picture_sets import Generated, fingerprint
 from megadit.eval.score import score_folder
+from megadit.eval.task_images import Options, generate
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 from megadit.recipe import Evaluation, EvaluationMetric, EvaluationTask
 from megadit.sampling.generate import default_weights

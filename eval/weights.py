@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from megadit.checksums import sha256_of
+
 
 @dataclass(frozen=True)
 class Located:
@@ -97,12 +99,6 @@ class WeightFolder:
 
 
 Weights = WeightFile | WeightFolder
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_file(network: nn.Module, path: Path) -> None:

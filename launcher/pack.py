@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from megadit.data.packing.settings import Settings
-from megadit.data.progress import Bars, no_bars
+from megadit.data.bars import Bars, no_bars
+from megadit.data.packing.settings import PackSettings
 from megadit.launcher.environment import detect
 from megadit.launcher.failures import DONE
 from megadit.launcher.local import launch
@@ -14,7 +14,7 @@ from megadit.launcher.processes import follow_parent
 def pack(
     source: str,
     destination: str,
-    settings: Settings,
+    settings: PackSettings,
     *,
     text: str | None,
     max_tokens: int,
@@ -35,10 +35,10 @@ def pack(
         return launch(num_ranks, ["-m", "megadit", *sys.argv[1:]])
     import torch
 
-    from megadit.data.autoencoder import Autoencoder
+    from megadit.data.encoders.autoencoder import Autoencoder
+    from megadit.data.encoders.text_encoder import TextEncoder
     from megadit.data.packing.pack import pack as pack_share
-    from megadit.data.sources import open_source
-    from megadit.data.text_encoder import TextEncoder
+    from megadit.data.packing.sources import open_source
 
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megadit.data.local_s3 import LocalS3
+from megadit.data.storage.local_s3 import LocalS3
 from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.launcher.processes import run as run_child
 from megadit.recipe import load

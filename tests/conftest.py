@@ -17,12 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel, T5TokenizerFast
 
-from megadit.data.local_s3 import LocalS3
-from megadit.data.manifest import parse_bucket
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.format.manifest import parse_bucket
 from megadit.data.packing.pack import Packed, pack
-from megadit.data.packing.settings import Settings
-from megadit.data.sources import open_source
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.packing.settings import PackSettings
+from megadit.data.packing.sources import open_source
+from megadit.data.storage.local_s3 import LocalS3
 from megadit.recipe import Recipe, load
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of every process started from here: ranks that share cores slow each other down
@@ -62,7 +62,7 @@ def pack_animals(encoder: TextEncoder) -> Callable:
     """Pack the shipped animals to an address."""
 
     def pack_to(destination: str, on_progress: Callable = lambda done, total: None, **changes: Any) -> Packed | None:
-        settings = Settings(**(PACK_SETTINGS | changes))
+        settings = PackSettings(**(PACK_SETTINGS | changes))
         return pack(open_source("emoji"), destination, settings, encoder, bars=lambda _: nullcontext(on_progress))
 
     return pack_to

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from megadit.eval.geneval.rules import COLOURS, Detection
+from megadit.eval.geneval.verdicts import COLOURS, Detection
 from megadit.eval.networks.clip import load_tokenizer, prepare
 from megadit.eval.weights import load_folder
 

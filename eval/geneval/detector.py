@@ -19,7 +19,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transformers.utils import logging as transformers_logging
 
 from megadit.eval.geneval.mmdet_keys import config_of, to_transformers
-from megadit.eval.geneval.rules import CLASS_NAMES, Detection
+from megadit.eval.geneval.verdicts import CLASS_NAMES, Detection
 from megadit.interop.published import read_published
 
 SHORT_SIDE, LONG_SIDE, SIDE_MULTIPLE = 800, 1333, 32

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from megadit.eval.geneval.detector import Detector
-from megadit.eval.geneval.rules import CLASS_NAMES, Detection, Thresholds
+from megadit.eval.geneval.verdicts import CLASS_NAMES, Detection, Thresholds
 
 GOLDEN_FILE = "golden.json"
 PICTURES = (".png", ".jpg", ".jpeg")

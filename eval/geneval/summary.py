@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadit.eval.geneval.rows import Row
-from megadit.eval.geneval.rules import TAGS
+from megadit.eval.geneval.verdicts import TAGS
 from megadit.eval.units import Unit
 
 NUM_BOOTSTRAPS = 2000

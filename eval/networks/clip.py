@@ -1,7 +1,7 @@
 """CLIP of transformers: embeddings for CMMD, and the agreement of image and text for CLIP score and PickScore.
 
 OpenAI's models need the activation quick_gelu; a folder that says otherwise is refused (see eval/weights.py and the
-declarations in eval/metrics/registry.py).
+declarations in eval/metrics/catalogue.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.eval.pictures import Generated, fingerprint
+from megadit.eval.picture_sets import Generated, fingerprint
 from megadit.eval.units import Unit, read_manifest, read_prompts
 
 GENEVAL = ("geneval", "geneval-hf")

@@ -9,9 +9,9 @@ from jinja2 import Environment, StrictUndefined
 
 from megadit.eval.report import tables
 from megadit.eval.report.collect import GENEVAL, Run, collect, failures
-from megadit.eval.report.pictures import Picture, thumbnail, with_boxes
 from megadit.eval.report.tables import Cell, Table
 from megadit.eval.report.template import PAGE
+from megadit.eval.report.thumbnails import Picture, thumbnail, with_boxes
 from megadit.eval.units import Unit, write_text
 
 NUM_SHEET = 48  # images of a run

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megadit.eval.geneval.rules import parse_prompt
-from megadit.eval.geneval.score import IMAGES_PER_PROMPT, PROMPTS_BY_TAG
+from megadit.eval.geneval.judging import IMAGES_PER_PROMPT, PROMPTS_BY_TAG
+from megadit.eval.geneval.verdicts import parse_prompt
 from megadit.eval.tasks.task import Task, check_count, check_prompt, check_unique, read_list, read_text, require
 from megadit.randomness import named_generator
 from megadit.recipe import LabelOrder

@@ -66,10 +66,10 @@ def data_pack(
       torchrun --nproc-per-node 8 -m -- megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
         --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae --no-keep-pictures
     """
-    from megadit.data.packing.settings import Settings
+    from megadit.data.packing.settings import PackSettings
     from megadit.launcher.pack import pack
 
-    settings = Settings(
+    settings = PackSettings(
         size=size,
         aspect_buckets=aspect_buckets,
         seed=seed,
@@ -112,7 +112,7 @@ def data_serve(
     Example:
       megadit data serve runs/s3
     """
-    from megadit.data.local_s3 import LocalS3
+    from megadit.data.storage.local_s3 import LocalS3
 
     with LocalS3(directory) as server:
         server.create_bucket(bucket)

@@ -48,7 +48,7 @@ def data_index(
       megadit data index 's3://sa-1b/sa_*.tar' s3://mine/sa-1b --checklist checklist.chk
       megadit data index photos/ /data/photos --members jpg,txt
     """
-    from megadit.data.captions import CaptionTable
+    from megadit.data.indexing.captions import CaptionTable
     from megadit.data.indexing.dataset import index
 
     table = CaptionTable(captions, caption_key_field, caption_field) if captions else None
@@ -81,7 +81,7 @@ def data_caption(
     Example:
       megadit data caption s3://mine/sa-1b SA1B_caption.tar.gz
     """
-    from megadit.data.captions import CaptionTable
+    from megadit.data.indexing.captions import CaptionTable
     from megadit.data.indexing.dataset import add_captions
 
     captions = CaptionTable(table, caption_key_field, caption_field)

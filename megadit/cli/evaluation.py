@@ -74,7 +74,7 @@ def generate(
     from megadit.eval.ranks import run_on_ranks
 
     def job(device: "torch.device") -> None:
-        from megadit.eval.generate import Options, generate as generate_images
+        from megadit.eval.task_images import Options, generate as generate_images
         from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 
         wanted = load_task(task, TaskOptions(prompts, prompts_sha256, images_per_prompt, labels))
@@ -92,7 +92,7 @@ def export_geneval(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
 ) -> None:
     """Write the images of DIR in GenEval's own layout, for other tools: OUT/00000/samples/00000.png and so on."""
-    from megadit.eval.export import export_geneval as export
+    from megadit.eval.other_layouts import export_geneval as export
 
     print(f"wrote {export(folder, out)} prompts to {out}")
 
@@ -115,7 +115,7 @@ def geneval_golden(
     from megadit.eval.ranks import run_on_ranks
 
     def job(device: "torch.device") -> None:
-        from megadit.eval.geneval.score import record_golden
+        from megadit.eval.geneval.judging import record_golden
 
         print(f"wrote {record_golden(weights, metric, device)}")
 
@@ -131,7 +131,7 @@ def export_data(
 
     The first are a --reference for scores, the second are --prompts for task prompts.
     """
-    from megadit.eval.export import export_data as export
+    from megadit.eval.other_layouts import export_data as export
 
     exported = export(url, out)
     print(f"pictures in {exported.images}, captions in {exported.prompts}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megadit.data.progress import Advance
+from megadit.data.bars import Advance
 
 
 @contextmanager

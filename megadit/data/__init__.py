@@ -1,1 +1,1 @@
-"""Packed shards, the manifest, streams and encoders."""
+"""Data sets, from pictures and captions to batches. Here is what looks at one, and what makes one to try."""

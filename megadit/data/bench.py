@@ -34,17 +34,17 @@ from webdataset.gopen import gopen_schemes
 from megadit import timing
 from megadit.data import sa1b_like
 from megadit.data.bench_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
-from megadit.data.captions import CaptionTable, join
-from megadit.data.decode import decode_picture
-from megadit.data.fetch import FETCH_THREADS, Supply, largest_chunks
-from megadit.data.index import PLACE, Index
+from megadit.data.format.index import PLACE, Index
+from megadit.data.format.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, Shard
+from megadit.data.indexing.captions import CaptionTable, join
 from megadit.data.indexing.dataset import index
-from megadit.data.local_s3 import LocalS3
-from megadit.data.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, Shard
-from megadit.data.reader import Reader
-from megadit.data.schedule import Schedule
+from megadit.data.loading.chunks import ChunkReader
+from megadit.data.loading.decode import decode_picture
+from megadit.data.loading.fetch import FETCH_THREADS, Supply, largest_chunks
+from megadit.data.loading.loader import Loader
+from megadit.data.loading.schedule import Schedule
 from megadit.data.storage import open_store
-from megadit.data.stream import Stream
+from megadit.data.storage.local_s3 import LocalS3
 from megadit.recipe import Data
 
 BUCKET, SAMPLES_PER_TAR, SHORT_SIDE = "bench", 48, 1500
@@ -118,7 +118,7 @@ def raw_rows(url: str, index_url: str, rounds: int) -> list[Row]:
 
 def _supply_work(data: Data, passes: int) -> Callable[[], int]:
     """Some epochs' samples out of a supply that begins anew and reads ahead as little as keeps it busy."""
-    reader = Reader(data.url, data.client)
+    reader = ChunkReader(data.url, data.client)
     schedule = Schedule(reader.manifest, reader.index, data, 0, data.chunk_samples)
     num_steps = passes * schedule.buckets[0].order.epoch_samples // data.chunk_samples
     limit = (data.chunks_per_group + CHUNKS_AHEAD) * max(largest_chunks(reader, schedule))
@@ -214,7 +214,7 @@ def caption_row(folder: Path, rounds: int) -> Row:
 
 def decode_rows(index_url: str, rounds: int) -> list[Row]:
     """Pictures of 1500 pixels brought to 256, beside decoding them whole; and the least of it, libjpeg's part."""
-    reader = Reader(index_url)
+    reader = ChunkReader(index_url)
     pictures = [
         bytes(members["jpg"]) for members in reader.read(np.arange(min(24, reader.manifest.num_samples))).values()
     ]
@@ -305,7 +305,7 @@ def resume_row(index_url: str) -> Row:
     """Seconds from nothing to the first decoded batch of a step in the middle of a group."""
     data = Data(url=index_url, num_streams=1, chunk_samples=16, chunks_per_group=2, resolution=PIXELS)
     start = time.perf_counter()
-    batches = Stream(data, 0, 8, 0, 1).iterate(1001)
+    batches = Loader(data, 0, 8, 0, 1).iterate(1001)
     next(batches)
     seconds = time.perf_counter() - start
     batches.close()

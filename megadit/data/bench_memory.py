@@ -14,11 +14,11 @@ from typing import TypeVar
 import numpy as np
 import psutil
 
-from megadit.data.index import Index
-from megadit.data.manifest import FORMAT_VERSION, ImageFacts, Manifest, Shard
-from megadit.data.reader import Reader
-from megadit.data.schedule import Schedule
-from megadit.data.stream import Stream
+from megadit.data.format.index import Index
+from megadit.data.format.manifest import FORMAT_VERSION, ImageFacts, Manifest, Shard
+from megadit.data.loading.chunks import ChunkReader
+from megadit.data.loading.loader import Loader
+from megadit.data.loading.schedule import Schedule
 from megadit.recipe import Data
 
 T = TypeVar("T")
@@ -51,10 +51,10 @@ def growth_bytes(index_url: str, seconds: float, memory_mb: int, workers: int = 
     opened = 0
     if workers:
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["megadit.data.stream"])  # as the stream does
+        server.set_forkserver_preload(["megadit.data.loading.loader"])  # as the stream does
         with ProcessPoolExecutor(1, server) as pool:
             opened = pool.submit(_opened_bytes, index_url).result()
-    batches, most = Stream(data, 0, 16, 0, 1).iterate(0), 0
+    batches, most = Loader(data, 0, 16, 0, 1).iterate(0), 0
     before, end = _tree_bytes(opened), time.monotonic() + seconds
     while time.monotonic() < end:
         next(batches)
@@ -65,7 +65,7 @@ def growth_bytes(index_url: str, seconds: float, memory_mb: int, workers: int = 
 
 def _opened_bytes(index_url: str) -> int:
     """What a worker has before it reads samples."""
-    reader = Reader(index_url)
+    reader = ChunkReader(index_url)
     resident = psutil.Process().memory_info().rss
     reader.close()
     return resident

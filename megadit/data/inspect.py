@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megadit import checksums
-from megadit.data.manifest import TEXT, Manifest
-from megadit.data.members import Members, ShardFile
-from megadit.data.progress import Bars, Tally, no_bars
-from megadit.data.range_reader import RangeReader
+from megadit.data.bars import Bars, Tally, no_bars
+from megadit.data.format.manifest import TEXT, Manifest
+from megadit.data.format.members import Members, ShardFile
 from megadit.data.storage import ChangedError, MissingError
+from megadit.data.storage.object_file import ObjectFile
 
 NPY_HEADER_BYTES = 128  # of a small array, as numpy writes it
 CAPTIONS_READ = 512
@@ -145,7 +145,7 @@ def _check_file(members: Members, file: ShardFile, share: float) -> list[str]:
     digest = hashlib.sha256()
     wrong: list[str] = []
     try:
-        reader = RangeReader(file.store, file.name, digest.update if stated else None, file.etag)
+        reader = ObjectFile(file.store, file.name, digest.update if stated else None, file.etag)
         for sample, kind in members.rows(file, share):
             offset, size, expected = members.index.places[kind][sample].item()
             crc32 = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from megadit.data.members import Members
+from megadit.data.format.members import Members
 
 TILE, MARGIN = 192, 8  # pixels
 FONT_SIZE, LINE_HEIGHT, CAPTION_LINES = 12, 16, 4

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit.batch import pad_text
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.parametrization.base_shapes import meta_model
 from megadit.parametrization.initialisation import set_multipliers
 from megadit.parametrization.table import build_table

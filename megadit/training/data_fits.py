@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.buckets import bucket_table
-from megadit.data.manifest import CAPTION, Manifest, parse_bucket
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.format.buckets import bucket_table
+from megadit.data.format.manifest import CAPTION, Manifest, parse_bucket
 from megadit.recipe import Recipe
 
 AREA_RANGE = 1.5  # tables of buckets keep the area of their square to a few per cent

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megadit.batch import Batch, concatenate, pad_text
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Encoders, Recipe
 from megadit.training.sharded_encoder import load_sharded

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from megadit import recipe as recipes
-from megadit.data.manifest import Manifest
+from megadit.data.format.manifest import Manifest
 from megadit.data.storage import open_store
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, run_folder

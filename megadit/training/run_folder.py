@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from megadit import recipe as recipes
-from megadit.data.manifest import Manifest
+from megadit.data.format.manifest import Manifest
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import to_rows
 from megadit.recipe import Recipe

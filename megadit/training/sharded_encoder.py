@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from megadit.data.text_encoder import TextEncoder, TextEncoderError
+from megadit.data.encoders.text_encoder import TextEncoder, TextEncoderError
 from megadit.engines.base import Shard, materialise
 from megadit.engines.fsdp import shard_of
 from megadit.training.ranks import world_size

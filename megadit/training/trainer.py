@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megadit import engines, objectives
 from megadit.batch import Batch
-from megadit.data.manifest import Manifest
-from megadit.data.stream import Stream
+from megadit.data.format.manifest import Manifest
+from megadit.data.loading.loader import Loader
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
 from megadit.parametrization.table import build_table
@@ -153,7 +153,7 @@ class Trainer:
         first_step = self._images_seen // recipe.training.batch_size
         if first_step < recipe.num_steps:
             batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
-            stream = Stream(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
+            stream = Loader(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
             batches = stream.iterate(first_step)
             for _ in range(first_step, recipe.num_steps):
                 yield next(batches)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megadit.data.stream import validation_batches
+from megadit.data.loading.loader import validation_batches
 from megadit.engines.base import Engine, sum_over_ranks
 from megadit.objectives import Objective
 from megadit.recipe import Recipe

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit import engines, objectives
-from megadit.data.manifest import Manifest
-from megadit.data.stream import Stream
+from megadit.data.format.manifest import Manifest
+from megadit.data.loading.loader import Loader
 from megadit.engines.base import sum_over_ranks
 from megadit.recipe import Recipe, parse
 from megadit.training.data_fits import check_data_fits
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     engine = engines.build(recipe)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
-    stream = Stream(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
+    stream = Loader(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
     batches = stream.iterate(0)
     batch = next(batches)
     batches.close()

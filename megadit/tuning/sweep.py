@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from megadit import models, recipe as recipes
-from megadit.data.manifest import Manifest
+from megadit.data.format.manifest import Manifest
 from megadit.launcher.environment import detect
 from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.parametrization.table import build_table

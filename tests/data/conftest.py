@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megadit.data.index import PLACE, Index
-from megadit.data.manifest import ImageFacts, LatentFacts, Manifest, Shard
+from megadit.data.format.index import PLACE, Index
+from megadit.data.format.manifest import ImageFacts, LatentFacts, Manifest, Shard
 from megadit.data.storage import open_store
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from megadit.data.bench import Row, format_table, write_latents
 from megadit.data.bench_memory import growth_bytes, run_elsewhere, simulate_order
-from megadit.data.manifest import ImageFacts
-from megadit.data.reader import Reader
+from megadit.data.format.manifest import ImageFacts
+from megadit.data.loading.chunks import ChunkReader
 
 
 def test_the_table() -> None:
@@ -26,7 +26,7 @@ def test_the_table() -> None:
 def test_latents_are_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megadit.data.bench.LATENTS_PER_SHARD", 20)
     write_latents(tmp_path)
-    reader = Reader(str(tmp_path))
+    reader = ChunkReader(str(tmp_path))
     assert reader.manifest.num_samples == 80
     content = reader.decoder.decode(reader.read([77])[77], 256, 256)
     assert content.image.shape == (4, 32, 32)

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megadit.cli.data import data_app
-from megadit.data.captions import CaptionTable
+from megadit.data.format.members import Members
+from megadit.data.indexing.captions import CaptionTable
 from megadit.data.indexing.dataset import index
 from megadit.data.inspect import Quantiles, format_stats, stats, verify
-from megadit.data.members import Members
 from megadit.data.sa1b_like import make
 from megadit.data.storage import StorageError, open_store
 

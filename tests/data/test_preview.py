@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from megadit.data.captions import CaptionTable
+from megadit.data.format.manifest import Manifest
+from megadit.data.indexing.captions import CaptionTable
 from megadit.data.indexing.dataset import index
-from megadit.data.manifest import Manifest
 from megadit.data.preview import CAPTION_LINES, LINE_HEIGHT, MARGIN, TILE, preview
 from megadit.data.sa1b_like import make
 

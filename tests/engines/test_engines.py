@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from megadit import models, objectives
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import initialise
 from megadit.parametrization.table import build_table
@@ -77,7 +77,7 @@ def expected(case: Case) -> dict[str, Any]:
     lrs = [group["lr"] for group in optimizer.param_groups]
     found: dict[str, Any] = {"initial": values_of(model), "losses": [], "norms": []}
     objective = objectives.build(recipe.objective, recipe.model, torch.device("cpu"))
-    stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
+    stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     for factor in LR_FACTORS:
         batch = next(stream)
         loss_B = objective.losses(model, batch, objective.timesteps(batch.timestep_uniform)).total_B

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megadit.eval.pictures import Generated, fingerprint
+from megadit.eval.picture_sets import Generated, fingerprint
 from megadit.eval.report.collect import collect, failures
-from megadit.eval.report.pictures import COLOURS, with_boxes
+from megadit.eval.report.thumbnails import COLOURS, with_boxes
 from megadit.eval.report.write import write_report
 from megadit.eval.units import complete
 

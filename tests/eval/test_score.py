@@ -20,18 +20,18 @@ from typer.testing import CliRunner
 
 from megadit.cli import app
 from megadit.eval import scoring
-from megadit.eval.features import FeatureSet, Settings, Store
-from megadit.eval.metrics import registry
+from megadit.eval.features import FeatureFiles, FeatureSet, FeatureSettings
+from megadit.eval.metrics import catalogue
+from megadit.eval.metrics.catalogue import Compares, Metric, find
 from megadit.eval.metrics.frechet import Moments, frechet
-from megadit.eval.metrics.registry import Compares, Metric, find
 from megadit.eval.networks.inception import POOL, Inception, InceptionEncoder
-from megadit.eval.pictures import Folder, Generated, Npz
+from megadit.eval.picture_sets import Folder, Generated, Npz
 from megadit.eval.resize import RESIZERS
 from megadit.eval.units import image_path
 
 WORKER = Path(__file__).parents[1] / "workers" / "eval_score.py"
 small = runpy.run_path(str(WORKER))
-SETTINGS = Settings(4, torch.device("cpu"))
+SETTINGS = FeatureSettings(4, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_features_are_kept_bit_for_bit(generated: Callable, reference: Path, wei
     encoder = metric.features.build(weights / "small.pth", torch.device("cpu"))
     with torch.inference_mode():
         expected = encoder(torch.stack([encoder.prepare(pictures.pixels(index)) for index in range(4)]), [])
-    assert torch.equal(Store(metric.features, path).load(pictures, slice(None))[:4], expected)
+    assert torch.equal(FeatureFiles(metric.features, path).load(pictures, slice(None))[:4], expected)
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_fid_by_command_with_a_file_of_the_published_key_names(
     refused = CliRunner().invoke(app, command).exception
     assert isinstance(refused, ValueError) and "another file, or a damaged one: sha256" in str(refused)
     digest = small["sha256_of"](path)
-    monkeypatch.setattr(registry, "INCEPTION_WEIGHTS", replace(registry.INCEPTION_WEIGHTS, sha256=digest))
+    monkeypatch.setattr(catalogue, "INCEPTION_WEIGHTS", replace(catalogue.INCEPTION_WEIGHTS, sha256=digest))
     said = CliRunner().invoke(app, command)
     assert said.exit_code == 0, said.output
     score = json.loads((ours / "scores" / "fid_adm.json").read_text())

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from megadit.eval.metrics.registry import find
+from megadit.eval.metrics.catalogue import find
 from megadit.eval.quickstart import WEIGHTS, evaluate
 from megadit.eval.suite import locate_weights, read_section, suite
 from megadit.eval.units import complete

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megadit.eval.geneval.score import PROMPTS_BY_TAG
+from megadit.eval.geneval.judging import PROMPTS_BY_TAG
 from megadit.eval.tasks.benchmarks import MJHQ_CATEGORIES, TaskOptions, load_task
 from megadit.eval.tasks.task import Task, check_prompt
 

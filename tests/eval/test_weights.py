@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from megadit.eval.metrics import registry
-from megadit.eval.metrics.registry import (
+from megadit.eval.metrics import catalogue
+from megadit.eval.metrics.catalogue import (
     CLIP_B32_WEIGHTS,
     DEFAULT_RESIZE,
     INCEPTION_WEIGHTS,
@@ -95,8 +95,8 @@ def test_an_unknown_metric_or_resize_is_refused() -> None:
 def test_ids_name_what_changes_the_number() -> None:
     assert find("fid").id == f"fid/{DEFAULT_RESIZE}" and find("fid", "mup").id == "fid/mup"
     assert find("clip_score").id == "clip_score/openai-vit-b-32/none/100"
-    names = [find("fid", resize).features.name for resize in registry.RESIZERS]
-    assert len(set(names)) == len(registry.RESIZERS)  # features of two protocols are never mixed up
+    names = [find("fid", resize).features.name for resize in catalogue.RESIZERS]
+    assert len(set(names)) == len(catalogue.RESIZERS)  # features of two protocols are never mixed up
 
 
 def test_ids_of_both_shares_carry_the_rounding() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadit import models, objectives
 from megadit.batch import Batch
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.parametrization.initialisation import initialise
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def batch_of(recipe: Recipe) -> Batch:
-    batches = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
+    batches = Loader(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     batch = next(batches)
     batches.close()
     return batch

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from megadit.data.manifest import Manifest
+from megadit.data.format.manifest import Manifest
 from megadit.randomness import Purpose, generator, named_generator
 from megadit.recipe import Recipe, parse
 from megadit.sampling.generate import class_numbers, encode_prompts, generate, load_conditioner, load_encoder, sample

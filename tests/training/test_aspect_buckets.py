@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from megadit.data import sa1b_like
-from megadit.data.captions import CaptionTable
+from megadit.data.format.manifest import Manifest
+from megadit.data.indexing.captions import CaptionTable
 from megadit.data.indexing.dataset import index
-from megadit.data.manifest import Manifest
+from megadit.data.loading.loader import Loader
 from megadit.data.packing.pack import pack
-from megadit.data.packing.settings import Settings
-from megadit.data.sources import open_source
-from megadit.data.stream import Stream
+from megadit.data.packing.settings import PackSettings
+from megadit.data.packing.sources import open_source
 from megadit.recipe import Recipe, load
 from megadit.training.data_fits import check_data_fits
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index(
         str(root / "tars"), str(root / "raw"), captions=CaptionTable(str(root / "tars" / "captions.jsonl")), workers=1
     )
-    settings = Settings(size=64, aspect_buckets=True, shard_samples=16, holdout=0)
+    settings = PackSettings(size=64, aspect_buckets=True, shard_samples=16, holdout=0)
     assert pack(open_source(str(root / "raw")), str(root / "packed"), settings)
     return root
 
@@ -59,7 +59,7 @@ def single(recipe: Callable[..., Recipe], train: Callable) -> Any:
 
 def test_steps_have_several_shapes(recipe: Callable[..., Recipe]) -> None:
     raw = recipe(*RAW)
-    stream = Stream(raw.data, raw.seed, 8, 0, 1)
+    stream = Loader(raw.data, raw.seed, 8, 0, 1)
     shapes = [tuple(batch.images.shape[2:]) for batch, _ in zip(stream.iterate(0), range(8), strict=False)]
     assert len(set(shapes)) > 1
     assert all(height % 16 == width % 16 == 0 for height, width in shapes)

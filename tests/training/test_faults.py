@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from megadit import engines
-from megadit.data.order import Order
+from megadit.data.loading.chunks import ChunkReader
+from megadit.data.loading.loader import Loader
+from megadit.data.loading.order import Order
 from megadit.data.packing import encoding
-from megadit.data.reader import Reader
-from megadit.data.stream import Stream
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, trainer
@@ -61,7 +61,7 @@ def all_broken(pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory)
 
 def broken_steps(recipe: Recipe) -> list[int]:
     """The steps, from 1, with a caption that is not finite and not dropped."""
-    batches = Stream(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
+    batches = Loader(recipe.data, recipe.seed, recipe.training.batch_size, 0, 1).iterate(0)
     steps = []
     for step in range(1, recipe.num_steps + 1):
         batch = next(batches)
@@ -145,7 +145,7 @@ def test_a_run_that_skips_only_stops_and_says_why(
     names = [spec.name for spec in build_table(recipe)]
     assert set(found["gradients_not_finite"]) <= set(names)
     assert "text_embed.weight" in found["gradients_not_finite"]
-    manifest = Reader(recipe.data.url).manifest
+    manifest = ChunkReader(recipe.data.url).manifest
     order = Order(manifest.num_samples, recipe.seed, 4, recipe.data.chunk_samples, recipe.data.chunks_per_group)
     for step, told in enumerate(found["steps"]):
         assert told["step"] == step

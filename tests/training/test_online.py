@@ -10,14 +10,14 @@ import torch
 
 from megadit.batch import TENSORS
 from megadit.data import sa1b_like
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.captions import CaptionTable
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.indexing.captions import CaptionTable
 from megadit.data.indexing.dataset import index
+from megadit.data.loading.loader import Loader, validation_batches
 from megadit.data.packing.pack import pack
-from megadit.data.packing.settings import Settings
-from megadit.data.sources import open_source
-from megadit.data.stream import Stream, validation_batches
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.packing.settings import PackSettings
+from megadit.data.packing.sources import open_source
 from megadit.recipe import Recipe, RecipeError, load
 from megadit.sampling.generate import sample
 from megadit.training.online import OnlineEncoders, stream_draws_noise
@@ -33,7 +33,7 @@ def packs(vae_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFa
     captions = CaptionTable(str(folder / "tars" / "captions.jsonl"))
     index(str(folder / "tars"), str(folder / "indexed"), captions=captions, workers=1)
     source = open_source(str(folder / "indexed"))
-    settings = Settings(size=16, shard_samples=16, holdout=8)
+    settings = PackSettings(size=16, shard_samples=16, holdout=8)
     t5, vae = TextEncoder.load(str(t5_folder), MAX_TOKENS), Autoencoder.load(str(vae_folder))
     assert pack(source, str(folder / "cached"), settings, t5, vae)
     assert pack(source, str(folder / "plain"), settings)
@@ -79,7 +79,7 @@ def test_a_batch_is_that_of_cached_features(recipe: Callable[..., Recipe]) -> No
     online = recipe(online=True)
     assert online.encoders
     encoders = OnlineEncoders(online.encoders, online, torch.device("cpu"))
-    streams = [Stream(each.data, each.seed, 8, 0, 1, stream_draws_noise(each)) for each in (recipe(), online)]
+    streams = [Loader(each.data, each.seed, 8, 0, 1, stream_draws_noise(each)) for each in (recipe(), online)]
     for expected, raw, _ in zip(*(stream.iterate(3) for stream in streams), range(4), strict=False):
         assert raw.noise.shape == (8, 0)  # none of the pixels' size is drawn for nothing
         found = encoders.encode_training(raw, 3)
@@ -127,7 +127,7 @@ def test_a_sharded_text_encoder_gives_the_same_features(recipe: Callable[..., Re
     assert whole.text
     num_weights = sum(parameter.numel() for parameter in whole.text.module.parameters())
     for rank, (features, num_local) in enumerate(run_ranks("online.py", 2, recipe=sharded)):
-        expected = whole.encode_training(next(Stream(sharded.data, sharded.seed, 8, rank, 2).iterate(0)), 4)
+        expected = whole.encode_training(next(Loader(sharded.data, sharded.seed, 8, rank, 2).iterate(0)), 4)
         torch.testing.assert_close(features, expected.text, rtol=1e-5, atol=1e-5)
         assert num_local < 0.6 * num_weights
 
@@ -208,7 +208,7 @@ def test_without_noise_nothing_else_changes(recipe: Callable[..., Recipe], packs
     data = recipe(online=True).data
     for workers in (0, 2):
         settings = data.model_copy(update={"num_workers": workers})
-        plain, bare = (Stream(settings, 0, 8, 0, 1, with_noise) for with_noise in (True, False))
+        plain, bare = (Loader(settings, 0, 8, 0, 1, with_noise) for with_noise in (True, False))
         for expected, found, _ in zip(plain.iterate(2), bare.iterate(2), range(3), strict=False):
             assert expected.noise.shape == (8, 3, 16, 16)
             assert found.noise.shape == (8, 0)

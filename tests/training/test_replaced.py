@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadit.data.manifest import Manifest
-from megadit.data.reader import Reader
-from megadit.data.stream import Stream
+from megadit.data.format.manifest import Manifest
+from megadit.data.loading.chunks import ChunkReader
+from megadit.data.loading.loader import Loader
 from megadit.recipe import Recipe
 
 RANKS = 2
@@ -23,7 +23,7 @@ def broken(packed: Path, tmp_path: Path) -> list[str]:
     """The overrides that train on a data set whose first shard has corrupt samples."""
     copy = Path(shutil.copytree(packed, tmp_path / "packed"))
     shard = copy / "train" / Manifest.load(str(copy / "train")).shards[0].name
-    data, places = bytearray(shard.read_bytes()), Reader(str(copy / "train")).index.places["png"]
+    data, places = bytearray(shard.read_bytes()), ChunkReader(str(copy / "train")).index.places["png"]
     for offset in places["offset"][: 4 * NUM_BROKEN : 4].tolist():
         data[offset + 50] ^= 1
     shard.write_bytes(data)
@@ -34,7 +34,7 @@ def test_every_rank_is_counted_and_each_rise_is_told(
     broken: list[str], tiny_recipe: Callable[..., Recipe], train: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean = tiny_recipe(f"training.num_images={16 * STEPS}")
-    sound = Stream(clean.data, clean.seed, clean.training.batch_size, 0, 1).iterate(0)
+    sound = Loader(clean.data, clean.seed, clean.training.batch_size, 0, 1).iterate(0)
     corrupt = torch.arange(0, 4 * NUM_BROKEN, 4)
     # Which samples a step takes does not depend on their being sound.
     of_rank = torch.stack([torch.isin(next(sound).sample, corrupt).view(RANKS, -1).sum(1) for _ in range(STEPS)])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from megadit.data.text_encoder import MINILM, TextEncoder, TextEncoderError
+from megadit.data.encoders.text_encoder import MINILM, TextEncoder, TextEncoderError
 
 CAPTIONS = ["a crop of the woman", "in", "", "the moon, 3.5 of it in a picture of the sky"]
 WORKER = "sharded_encoder.py"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megadit import engines, objectives
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.engines import base
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
@@ -29,7 +29,7 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
             return parts({name: shard.values for name, shard in engine.shards.items()})
 
         found: dict[str, Any] = {"initial": weights(), "losses": [], "norms": []}
-        stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+        stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
         for step, factor in enumerate(lr_factors, 1):
             batch = next(stream)
             timestep_B = objective.timesteps(batch.timestep_uniform)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadit import engines, objectives
 from megadit.batch import Batch
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.objectives import Losses
 from megadit.recipe import Recipe
 from megadit.training.ranks import process_group, rank, world_size
@@ -27,7 +27,7 @@ def main(jobs: list[tuple[Recipe, int | None]], num_steps: int) -> list[dict[str
 def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str, Any]:
     engine = engines.build(recipe)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
-    stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+    stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "states": []}
     for step in range(num_steps):
         batch = next(stream)

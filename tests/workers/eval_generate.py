@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megadit.eval.generate import Options, generate
+from megadit.eval.task_images import Options, generate
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 from megadit.eval.tasks.task import Task
 from megadit.recipe import Recipe, parse

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megadit.checksums import sha256_of
 from megadit.eval import scoring
-from megadit.eval.features import FeatureSet, Settings
-from megadit.eval.metrics.registry import Compares, Metric
-from megadit.eval.weights import WeightFile, load_file, sha256_of
+from megadit.eval.features import FeatureSet, FeatureSettings
+from megadit.eval.metrics.catalogue import Compares, Metric
+from megadit.eval.weights import WeightFile, load_file
 from megadit.training.ranks import process_group
 
 WIDTH = 6
@@ -57,4 +58,4 @@ def main(
     torch.set_num_threads(1)
     with process_group(needed=False):
         metric = small_metric(weights, delay_seconds)
-        return scoring.score(metric, folder, weights, reference, Settings(batch_size, torch.device("cpu")))
+        return scoring.score(metric, folder, weights, reference, FeatureSettings(batch_size, torch.device("cpu")))

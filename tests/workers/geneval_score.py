@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megadit.eval.geneval import detector
-from megadit.eval.geneval.score import Protocol, score_geneval
+from megadit.eval.geneval.judging import Protocol, score_geneval
 from megadit.training.ranks import process_group
 
 

@@ -10,17 +10,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.data.packing.pack import pack
-from megadit.data.packing.settings import Settings
-from megadit.data.sources import open_source
-from megadit.data.text_encoder import TextEncoder
+from megadit.data.packing.settings import PackSettings
+from megadit.data.packing.sources import open_source
 
 CHANGES = ("tempfile.mkstemp", "os.rename", "os.mkdir")
 NEVER = -1
 
 
 def main(
-    source: str, t5: str, settings: Settings, folder: Path, num_kills: int
+    source: str, t5: str, settings: PackSettings, folder: Path, num_kills: int
 ) -> list[tuple[str, bool, dict[str, bytes]]]:
     """For each kill: before which operation, whether there was a manifest then, and the files in the end."""
     opened, encoder = open_source(source), TextEncoder.load(t5, max_tokens=60)

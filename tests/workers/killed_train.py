@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.batch import Batch
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.recipe import Recipe
 from megadit.training import trainer
 
@@ -46,13 +46,13 @@ def main(recipe: Recipe, run: Path, victim: int, kind: str, point: int) -> bool:
 
 def die_before_step(number: int) -> None:
     """Kill this process when it asks for its batch `number`."""
-    iterate = Stream.iterate
+    iterate = Loader.iterate
 
-    def dying(stream: Stream, *arguments: Any) -> Iterator[Batch]:
+    def dying(stream: Loader, *arguments: Any) -> Iterator[Batch]:
         numbers = count()
         for batch in iterate(stream, *arguments):
             if next(numbers) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
 
-    Stream.iterate = dying  # type: ignore[method-assign]
+    Loader.iterate = dying  # type: ignore[method-assign]

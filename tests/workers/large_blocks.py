@@ -5,8 +5,8 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from megadit.data.pages import LARGE_BLOCK_BYTES
-from megadit.data.stream import _begin_worker
+from megadit.data.loading.loader import _begin_worker
+from megadit.data.loading.pages import LARGE_BLOCK_BYTES
 
 NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megadit.data.stream import Stream
+from megadit.data.loading.loader import Loader
 from megadit.recipe import Recipe
 from megadit.training.online import OnlineEncoders
 from megadit.training.ranks import process_group, rank, world_size
@@ -15,7 +15,7 @@ def main(recipe: Recipe) -> tuple[Tensor, int]:
     with process_group(needed=True):
         assert recipe.encoders
         encoders = OnlineEncoders(recipe.encoders, recipe, torch.device("cpu"))
-        stream = Stream(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
+        stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size())
         batch = encoders.encode_training(next(stream.iterate(0)), 4)
         assert encoders.text
         weights = list(encoders.text.module.parameters())

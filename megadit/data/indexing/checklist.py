@@ -1,6 +1,6 @@
 """Checklists of whole files: lines of md5 or sha256 and a name, as md5sum writes and as SA-1B's checklist.chk."""
 
-from megadit.data.range_reader import open_object
+from megadit.data.storage.object_file import open_object
 
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the length of the digest in hexadecimal
 

@@ -1,6 +1,6 @@
 """Indexing: tars that lie elsewhere become a data set without being copied or changed (SA-1B's 1000 of 10 GB each).
 
-<destination>/parts/<tar>.npz     what is in one tar, written when it was read whole (see parts.py)
+<destination>/parts/<tar>.npz     what is in one tar, written when it was read whole (see scans.py)
 <destination>/captions/<tar>.txt  the captions of its samples, one after the other, in their order (see captions.py)
 <destination>/index/...           the columns, manifest.json, which is written last
 
@@ -20,20 +20,20 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from megadit.data.captions import CaptionTable, Joined, join
-from megadit.data.index import Index
+from megadit.data.bars import Bars, Tally, no_bars
+from megadit.data.format.index import Index
+from megadit.data.format.manifest import CAPTION, MANIFEST_NAME, METADATA, ImageFacts, Manifest, Shard
+from megadit.data.indexing.captions import CaptionTable, Joined, join
 from megadit.data.indexing.checklist import read_checklist
 from megadit.data.indexing.gunzip import gunzip
-from megadit.data.indexing.parts import PARTS_FOLDER, Tar, load_part, save_part
+from megadit.data.indexing.scans import SCANS_FOLDER, Tar, load_scan, save_scan
 from megadit.data.indexing.tars import PICTURES, TarContent, TarError, scan
-from megadit.data.manifest import CAPTION, MANIFEST_NAME, METADATA, ImageFacts, Manifest, Shard
-from megadit.data.progress import Bars, Tally, no_bars
-from megadit.data.range_reader import RangeReader
 from megadit.data.storage import Store, open_store
+from megadit.data.storage.object_file import ObjectFile
 
 log = logging.getLogger(__name__)
 
-PLAN_NAME = f"{PARTS_FOLDER}/tars.json"
+PLAN_NAME = f"{SCANS_FOLDER}/tars.json"
 MEMBERS = ("jpg", METADATA)
 
 
@@ -92,7 +92,7 @@ def index(
                 unpacked = Tally(advance, sum(size or 0 for size in pool.map(source.size, names)))
                 names = sorted(pool.map(lambda name: gunzip(source, name, root, unpacked.add), names))
         planned = list(pool.map(lambda name: _describe(root, name, kinds, digests), names))
-        known = list(pool.map(lambda name: load_part(store, name), names))
+        known = list(pool.map(lambda name: load_scan(store, name), names))
     wanted = [tar for tar, part in zip(planned, known, strict=True) if part is None or part[0] != tar]
     with bars("reading tars") as advance:
         _read(root, store, wanted, workers, Tally(advance, sum(tar.num_bytes for tar in wanted)))
@@ -150,7 +150,7 @@ def _read(source: Store, store: Store, wanted: Sequence[Tar], workers: int, tall
 
     def read(tar: Tar) -> str:
         try:
-            save_part(store, tar, _scan(source, tar, advance))
+            save_scan(store, tar, _scan(source, tar, advance))
         except TarError as error:
             return str(error)
         return ""
@@ -175,7 +175,7 @@ def _scan(source: Store, tar: Tar, advance: Callable[[bytes], None]) -> TarConte
         if state:
             state.update(window)
 
-    file = RangeReader(source, tar.name, on_window, tar.etag)
+    file = ObjectFile(source, tar.name, on_window, tar.etag)
     content = scan(file, tar.members)
     file.finish()
     if state and state.hexdigest() != digest:
@@ -185,7 +185,7 @@ def _scan(source: Store, tar: Tar, advance: Callable[[bytes], None]) -> TarConte
 
 def _assemble(store: Store, root: str, names: Sequence[str], captions: CaptionTable | None, bars: Bars) -> Indexed:
     """The data set of the parts. The manifest is written last."""
-    tars, contents = _load_parts(store, names)
+    tars, contents = _load_scans(store, names)
     others = _sum(content.others for content in contents)
     if not any(len(content.keys) for content in contents):
         found = ", ".join(f"{count} .{kind}" for kind, count in sorted(others.items())) or "nothing"
@@ -223,12 +223,12 @@ def _assemble(store: Store, root: str, names: Sequence[str], captions: CaptionTa
     return Indexed(manifest, others, joined.unknown if joined else 0)
 
 
-def _load_parts(store: Store, names: Sequence[str]) -> tuple[list[Tar], list[TarContent]]:
-    parts = [load_part(store, name) for name in names]
+def _load_scans(store: Store, names: Sequence[str]) -> tuple[list[Tar], list[TarContent]]:
+    parts = [load_scan(store, name) for name in names]
     for name, part in zip(names, parts, strict=True):
         if part is None:
             raise IndexingError(
-                f"{store.url(PARTS_FOLDER)}: the part of {name} is gone; run `megadit data index` again"
+                f"{store.url(SCANS_FOLDER)}: the part of {name} is gone; run `megadit data index` again"
             )
     found = [part for part in parts if part]
     return [tar for tar, _ in found], [content for _, content in found]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from megadit.data.indexing.tars import GZIP_MAGIC, TarError
-from megadit.data.range_reader import RangeReader
 from megadit.data.storage import Store
+from megadit.data.storage.object_file import ObjectFile
 
 SOURCE_SUFFIX = ".source"  # beside each written tar: the ETag of what it was written from
 
@@ -21,7 +21,7 @@ def gunzip(source: Store, name: str, target: Store, on_bytes: Callable[[int], ob
     """
     plain = name.removesuffix(".gz")
     plain = f"{plain.removesuffix('.tgz')}.tar" if plain.endswith(".tgz") else plain
-    file = RangeReader(source, name, lambda window: on_bytes(len(window)))
+    file = ObjectFile(source, name, lambda window: on_bytes(len(window)))
     etag = (file.etag or "").encode()
     written = all(target.size(file) is not None for file in (plain, plain + SOURCE_SUFFIX))
     if written and target.get(plain + SOURCE_SUFFIX) == etag:
@@ -40,7 +40,7 @@ def gunzip(source: Store, name: str, target: Store, on_bytes: Callable[[int], ob
 class _Plain(io.RawIOBase):
     """What is inside a gzip file; its faults are TarErrors, or the writer would take them for its own."""
 
-    def __init__(self, file: RangeReader) -> None:
+    def __init__(self, file: ObjectFile) -> None:
         super().__init__()
         self._url, self._inside = file.url, gzip.GzipFile(fileobj=cast(BinaryIO, file))
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from megadit import checksums
-from megadit.data.index import PLACE
-from megadit.data.range_reader import RangeReader
+from megadit.data.format.index import PLACE
+from megadit.data.storage.object_file import ObjectFile
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class _Sample:
     size: tuple[int, int] | None = None  # height, width
 
 
-def scan(file: RangeReader, members: Sequence[str]) -> TarContent:
+def scan(file: ObjectFile, members: Sequence[str]) -> TarContent:
     """Index a tar; `members` are the kinds that a sample must have, the first of them its picture.
 
     Raises TarError for one that is compressed, cut short, broken, or has two members of one key and kind, and
@@ -125,7 +125,7 @@ def split_name(name: str) -> tuple[str, str]:
     return key, kind.lower()
 
 
-def _crc32(file: RangeReader, info: tarfile.TarInfo) -> int:
+def _crc32(file: ObjectFile, info: tarfile.TarInfo) -> int:
     end = info.offset_data + info.size
     if end > file.size:
         raise TarError(f"{file.url} is cut short: it ends at byte {file.size}, and {info.name!r} at byte {end}")
@@ -135,7 +135,7 @@ def _crc32(file: RangeReader, info: tarfile.TarInfo) -> int:
     return crc32
 
 
-def _picture_size(file: RangeReader, info: tarfile.TarInfo) -> tuple[int, int] | None:
+def _picture_size(file: ObjectFile, info: tarfile.TarInfo) -> tuple[int, int] | None:
     """Height and width, None for what is no picture or has a side that the index cannot hold."""
     header = b"".join(file.blocks(info.offset_data, info.offset_data + min(info.size, HEADER_BYTES)))
     try:

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from megadit.batch import TextFeatures
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.manifest import (
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.format.manifest import (
     CAPTION,
     LATENT,
     METADATA,
@@ -20,11 +21,10 @@ from megadit.data.manifest import (
     LatentFacts,
     TextFacts,
 )
-from megadit.data.packing.features import to_bfloat16_bits, to_float16, to_int8, to_npy
-from megadit.data.packing.pictures import RESIZE, encode, to_tensor
-from megadit.data.packing.settings import PackError, Settings
+from megadit.data.packing.arrays import to_bfloat16_bits, to_float16, to_int8, to_npy
+from megadit.data.packing.pixels import RESIZE, encode, to_tensor
+from megadit.data.packing.settings import PackError, PackSettings
 from megadit.data.packing.source import Source, SourceSample
-from megadit.data.text_encoder import TextEncoder
 from megadit.randomness import Purpose, generator
 
 Members = dict[str, bytes]  # by kind
@@ -38,7 +38,7 @@ class Encoding:
     """
 
     def __init__(
-        self, source: Source, settings: Settings, text_encoder: TextEncoder | None, autoencoder: Autoencoder | None
+        self, source: Source, settings: PackSettings, text_encoder: TextEncoder | None, autoencoder: Autoencoder | None
     ) -> None:
         self._settings, self._text_encoder, self._autoencoder = settings, text_encoder, autoencoder
         self._captions, self._metadata = source.has_captions, source.has_metadata

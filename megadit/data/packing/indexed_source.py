@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megadit import checksums
-from megadit.data.manifest import CAPTION, Manifest, parse_bucket
+from megadit.data.format.manifest import CAPTION, Manifest, parse_bucket
 from megadit.data.packing.source import SourceError, SourceSample
 from megadit.data.storage import StorageError, Store, open_store
 

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.index import PLACE, Index
-from megadit.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from megadit.data.bars import Bars, Tally, no_bars
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.format.index import PLACE, Index
+from megadit.data.format.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from megadit.data.packing.destination import claim, remove_temporaries
 from megadit.data.packing.encoding import Encoding
 from megadit.data.packing.plan import TRAIN, VALIDATION, ShardPlan, plan_shards
-from megadit.data.packing.settings import PackError, Settings
-from megadit.data.packing.shard import Part, build_shard, part_name, read_part, write_shard
+from megadit.data.packing.settings import PackError, PackSettings
+from megadit.data.packing.shard import ShardRecord, build_shard, read_record, record_name, write_shard
 from megadit.data.packing.source import Source
-from megadit.data.progress import Bars, Tally, no_bars
 from megadit.data.storage import Store, open_store
-from megadit.data.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Packed:
 def pack(
     source: Source,
     destination: str,
-    settings: Settings,
+    settings: PackSettings,
     text_encoder: TextEncoder | None = None,
     autoencoder: Autoencoder | None = None,
     *,
@@ -89,18 +89,20 @@ def pack(
     both = [open_store(f"{destination}/{split}") for split in (TRAIN, VALIDATION)]  # another pack may have made either
     claim(open_store(destination), both, _asked(source, settings, encoding))
     job.make(plans[rank::world_size], _most_broken(plans), bars)
-    parts = job.parts(plans)
-    if parts is None:
+    records = job.records(plans)
+    if records is None:
         log.info("rank %d of %d has made its shards; some of others are not there yet", rank, world_size)
         return None
-    _check_broken([key for part in parts for key in part.broken], _most_broken(plans), source)
+    _check_broken([key for record in records for key in record.broken], _most_broken(plans), source)
     manifests = {
-        split: job.index(split, [part for plan, part in zip(plans, parts, strict=True) if plan.split == split], classes)
+        split: job.write_index(
+            split, [record for plan, record in zip(plans, records, strict=True) if plan.split == split], classes
+        )
         for split in splits
     }
     for split, manifest in manifests.items():
         names = [plan.name for plan in plans if plan.split == split]
-        remove_temporaries(job.stores[split], {*names, *map(part_name, names)})
+        remove_temporaries(job.stores[split], {*names, *map(record_name, names)})
         job.stores[split].put(MANIFEST_NAME, manifest.dump())
     return _to_packed(manifests, skipped=False)
 
@@ -116,7 +118,7 @@ class _Job:
     """What all shards of a pack have in common; `inputs` is the manifest's."""
 
     source: Source
-    settings: Settings
+    settings: PackSettings
     encoding: Encoding
     inputs: str
     stores: dict[str, Store]
@@ -128,36 +130,36 @@ class _Job:
             tally = Tally(advance, sum(len(plan.samples) for plan in plans))
             for plan in plans:
                 store = self.stores[plan.split]
-                part = read_part(store, plan, self.inputs)
-                if part is None:
-                    tar_bytes, part = build_shard(self.source, plan, self.encoding, self.inputs)
-                    broken += part.broken
+                record = read_record(store, plan, self.inputs)
+                if record is None:
+                    tar_bytes, record = build_shard(self.source, plan, self.encoding, self.inputs)
+                    broken += record.broken
                     _check_broken(broken, most_broken, self.source)
-                    write_shard(store, tar_bytes, part)
+                    write_shard(store, tar_bytes, record)
                 tally.add(len(plan.samples))
 
-    def parts(self, plans: Sequence[ShardPlan]) -> list[Part] | None:
+    def records(self, plans: Sequence[ShardPlan]) -> list[ShardRecord] | None:
         """What is in the shards; None where one is missing."""
-        parts: list[Part] = []
+        records: list[ShardRecord] = []
         for plan in plans:
-            part = read_part(self.stores[plan.split], plan, self.inputs)
-            if part is None:
+            record = read_record(self.stores[plan.split], plan, self.inputs)
+            if record is None:
                 return None
-            parts.append(part)
-        return parts
+            records.append(record)
+        return records
 
-    def index(self, split: str, parts: Sequence[Part], classes: "_Classes") -> Manifest:
+    def write_index(self, split: str, records: Sequence[ShardRecord], classes: "_Classes") -> Manifest:
         """Write the index of a split; its manifest."""
-        samples = np.array([number for part in parts for number in part.samples], dtype=np.int64)
+        samples = np.array([number for record in records for number in record.samples], dtype=np.int64)
         if not len(samples):
             raise PackError(f"none of the pictures of {split} can be decoded")
         places = {
-            kind: np.concatenate([np.array(list(part.places[kind]), dtype=PLACE) for part in parts])
+            kind: np.concatenate([np.array(list(record.places[kind]), dtype=PLACE) for record in records])
             for kind in self.encoding.members
         }
-        keys = np.array([key for part in parts for key in part.keys], dtype=np.bytes_)
+        keys = np.array([key for record in records for key in record.keys], dtype=np.bytes_)
         index = Index(keys, places, labels=classes.of(samples))
-        num_broken = sum(len(part.broken) for part in parts)
+        num_broken = sum(len(record.broken) for record in records)
         return Manifest(
             version=FORMAT_VERSION,
             name=f"{self.source.name}/{split}",
@@ -169,7 +171,7 @@ class _Job:
             text=self.encoding.text,
             labels=classes.labels,
             left_out={BROKEN: num_broken} if num_broken else {},
-            shards=tuple(part.shard for part in parts if part.shard.num_samples),
+            shards=tuple(record.shard for record in records if record.shard.num_samples),
             index=index.write(self.stores[split]),
         ).sealed()
 
@@ -192,7 +194,7 @@ class _Classes:
         return None if self.places is None else self.places[np.searchsorted(self.numbers, samples)]
 
 
-def _asked(source: Source, settings: Settings, encoding: Encoding) -> dict[str, Any]:
+def _asked(source: Source, settings: PackSettings, encoding: Encoding) -> dict[str, Any]:
     """What the inputs are the sha256 of, for those who read it."""
     facts = {"image": encoding.image, "latent": encoding.latent, "text": encoding.text}
     stated = {name: fact.model_dump() for name, fact in facts.items() if fact}
@@ -200,7 +202,7 @@ def _asked(source: Source, settings: Settings, encoding: Encoding) -> dict[str, 
     return {"source": source.digest, **settings.facts(), **flat}
 
 
-def _inputs(source: Source, settings: Settings, encoding: Encoding) -> str:
+def _inputs(source: Source, settings: PackSettings, encoding: Encoding) -> str:
     facts = [fact.model_dump() if fact else None for fact in (encoding.image, encoding.latent, encoding.text)]
     asked = [source.digest, settings.facts(), *facts]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megadit.data.autoencoder import Autoencoder
-from megadit.data.buckets import assign, bucket_table
-from megadit.data.packing.settings import PackError, Settings
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.format.buckets import assign, bucket_table
+from megadit.data.packing.settings import PackError, PackSettings
 from megadit.data.packing.source import Source, concept
 from megadit.randomness import Purpose, generator
 
@@ -30,7 +30,7 @@ class ShardPlan:
         return hashlib.sha256(facts.encode() + self.samples.astype("<i8").tobytes()).hexdigest()
 
 
-def plan_shards(source: Source, settings: Settings, autoencoder: Autoencoder | None) -> list[ShardPlan]:
+def plan_shards(source: Source, settings: PackSettings, autoencoder: Autoencoder | None) -> list[ShardPlan]:
     """The shards of all splits. Raises PackError, SourceError, StorageError.
 
     A split is shuffled, unless its source is to be read in order; then it is divided into buckets, and these into
@@ -51,7 +51,7 @@ def plan_shards(source: Source, settings: Settings, autoencoder: Autoencoder | N
     return plans
 
 
-def _split(source: Source, settings: Settings) -> dict[str, np.ndarray]:
+def _split(source: Source, settings: PackSettings) -> dict[str, np.ndarray]:
     """The samples of each split. Variants of one picture share a concept, so they never straddle the splits."""
     samples = source.select(settings.where)
     if not source.in_order:

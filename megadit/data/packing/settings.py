@@ -11,7 +11,7 @@ class PackError(ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PackSettings:
     """The settings of `megadit data pack`. Raises PackError.
 
     size: side in pixels of the square pictures (centre crop, then Lanczos); with aspect_buckets, of the square bucket.

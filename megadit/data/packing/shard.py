@@ -1,7 +1,7 @@
-"""One shard: its tar, and the part of the index that says what is in it.
+"""One shard: its tar, and the record that says what is in it.
 
-The part is written after the tar, as <destination>/<split>/shards/<name>.json, so a shard with a part is whole. Parts
-let a pack go on where it broke, and let ranks share one; the index is made of them.
+The record is written after the tar, as <destination>/<split>/shards/<name>.json, so a shard with a record is whole.
+Records let a pack go on where it broke, and let ranks share one; the index is made of them.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megadit import checksums
-from megadit.data.manifest import Shard
+from megadit.data.format.manifest import Shard
 from megadit.data.packing.encoding import Encoding
-from megadit.data.packing.pictures import fit
+from megadit.data.packing.pixels import fit
 from megadit.data.packing.plan import ShardPlan
 from megadit.data.packing.source import Source, SourceError, SourceSample
 from megadit.data.storage import Store
@@ -30,7 +30,7 @@ SLICE_SAMPLES = 64  # read, decoded and encoded together; the next ones are read
 Loaded = tuple[list[SourceSample], list[Image.Image], list[int], list[str]]  # with numbers; what cannot be decoded
 
 
-class Part(BaseModel):
+class ShardRecord(BaseModel):
     """What is in a shard. `plan` is the digest of its plan; samples: their numbers in the source, in order.
 
     places: kind -> (offset, size, crc32) of each sample. broken: keys of the pictures that cannot be decoded.
@@ -46,8 +46,8 @@ class Part(BaseModel):
     broken: tuple[str, ...]
 
 
-def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str) -> tuple[bytes, Part]:
-    """The tar and the part of a shard. Raises PackError, SourceError, StorageError."""
+def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str) -> tuple[bytes, ShardRecord]:
+    """The tar and the record of a shard. Raises PackError, SourceError, StorageError."""
     buffer = io.BytesIO()
     keys: list[str] = []
     numbers: list[int] = []
@@ -74,7 +74,7 @@ def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str
         sha256=hashlib.sha256(tar_bytes).hexdigest(),
     )
     columns = {kind: tuple(rows) for kind, rows in places.items()}
-    part = Part(
+    record = ShardRecord(
         plan=plan.digest(inputs),
         shard=shard,
         samples=tuple(numbers),
@@ -82,31 +82,31 @@ def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str
         places=columns,
         broken=tuple(broken),
     )
-    return tar_bytes, part
+    return tar_bytes, record
 
 
-def write_shard(store: Store, tar_bytes: bytes, part: Part) -> None:
-    """The tar, then the part that vouches for it. Raises StorageError."""
-    store.delete(part_name(part.shard.name))  # of a tar that was lost: it must not vouch for the new one
-    store.put(part.shard.name, tar_bytes)
-    store.put(part_name(part.shard.name), part.model_dump_json().encode())
+def write_shard(store: Store, tar_bytes: bytes, record: ShardRecord) -> None:
+    """The tar, then the record that vouches for it. Raises StorageError."""
+    store.delete(record_name(record.shard.name))  # of a tar that was lost: it must not vouch for the new one
+    store.put(record.shard.name, tar_bytes)
+    store.put(record_name(record.shard.name), record.model_dump_json().encode())
 
 
-def read_part(store: Store, plan: ShardPlan, inputs: str) -> Part | None:
-    """The part of the shard that `plan` asks for; None where it is not made yet, or was made from something else."""
-    name = part_name(plan.name)
+def read_record(store: Store, plan: ShardPlan, inputs: str) -> ShardRecord | None:
+    """The record of the shard that `plan` asks for; None where it is not made yet, or was made from something else."""
+    name = record_name(plan.name)
     if store.size(name) is None:
         return None
     try:
-        part = Part.model_validate_json(store.get(name))
+        record = ShardRecord.model_validate_json(store.get(name))
     except ValidationError:
-        log.warning("%s is not the part of a shard; the shard is made again", store.url(name))
+        log.warning("%s is not the record of a shard; the shard is made again", store.url(name))
         return None
-    return part if part.plan == plan.digest(inputs) and store.size(plan.name) == part.shard.num_bytes else None
+    return record if record.plan == plan.digest(inputs) and store.size(plan.name) == record.shard.num_bytes else None
 
 
-def part_name(shard: str) -> str:
-    """Where the part of the shard of that name lies."""
+def record_name(shard: str) -> str:
+    """Where the record of the shard of that name lies."""
     return f"shards/{shard.removesuffix('.tar')}.json"
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
 from megadit.eval.geneval.colours import ColourClassifier, cut_out, templates
-from megadit.eval.geneval.rules import COLOURS, Detection
+from megadit.eval.geneval.verdicts import COLOURS, Detection
 from megadit.eval.networks.clip import prepare
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadit.eval.geneval.detector import Detector, instances, prepare
-from megadit.eval.geneval.rules import CLASS_NAMES
+from megadit.eval.geneval.verdicts import CLASS_NAMES
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Frozen encoders whose outputs are packed, or made while training: texts to features, pictures to latents."""

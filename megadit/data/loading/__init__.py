@@ -1,0 +1,1 @@
+"""From a data set to batches: the order of samples, chunks read ahead, decoded, put together for a rank."""
