@@ -56,8 +56,11 @@ def sweep(
     trials: Annotated[int | None, typer.Option(min=1, help="How many random ones.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random ones.")] = 0,
     metric: Annotated[
-        Literal["training", "validation"],
-        typer.Option(help="Mean training loss of the last fifth of the steps, or the last validation loss."),
+        str,
+        typer.Option(
+            help="What is compared: `training` (mean of the last fifth of the steps) or `validation` (the last one) of "
+            "the objective's first metric; training/NAME or validation/NAME of another, or of `loss`, the weighted sum."
+        ),
     ] = "training",
     workers: Annotated[int, typer.Option(min=1, help="Trials that run at once.")] = 1,
 ) -> None:

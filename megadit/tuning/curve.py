@@ -1,22 +1,44 @@
-"""What a trial's curve says: its value, and whether it diverged. Both are functions of RUN/metrics.jsonl alone."""
+"""What a trial's curve says: its value, and whether it diverged. Both are functions of RUN/metrics.jsonl alone.
+
+A value is of a metric: `training/NAME` or `validation/NAME`, where NAME is one of the objective's metrics, or `loss`,
+the weighted sum that training minimises: under other weights it is another number.
+"""
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from megadit.recipe import Recipe
 
-Metric = Literal["training", "validation"]
+WHERE, LOSS = ("training", "validation"), "loss"
+
+
+def full_name(metric: str, recipe: Recipe) -> str:
+    """`training` and `validation` are of the objective's first metric. Raises ValueError for one that is not there."""
+    objective = recipe.objective
+    full = f"{metric}/{objective.metrics[0]}" if metric in WHERE else metric
+    possible = [f"{where}/{name}" for where in WHERE for name in (*objective.metrics, LOSS)]
+    if full not in possible:
+        raise ValueError(f"no metric {metric!r}: objective.kind {objective.kind} has {', '.join(possible)}")
+    if full.startswith("validation") and recipe.validation is None:
+        raise ValueError(f"the metric {metric} needs a recipe with a validation section")
+    return full
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a run so far: one for each step, and the last validation loss of the raw weights."""
+    """The numbers of a run so far, by metric: of each step, and of the last validation of the raw weights."""
 
-    losses: list[float]
-    validation_loss: float | None
+    training: list[Mapping[str, Any]]
+    validation: Mapping[str, Any] | None
+
+    @property
+    def losses(self) -> list[float]:
+        """The weighted sum at each step."""
+        return [line[LOSS] for line in self.training]
 
     @staticmethod
     def read(run: Path) -> "Curve":
@@ -25,24 +47,32 @@ class Curve:
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
-        validation = [line["loss"] for line in lines if line["kind"] == "validation" and line["weights"] == "raw"]
+        validation = [line for line in lines if line["kind"] == "validation" and line["weights"] == "raw"]
         return Curve(
-            losses=[line["loss"] for line in lines if line["kind"] == "train"],
-            validation_loss=validation[-1] if validation else None,
+            training=[line for line in lines if line["kind"] == "train"],
+            validation=_by_name(validation[-1]) if validation else None,
         )
 
-    def value(self, recipe: Recipe, metric: Metric) -> float | None:
-        """What a sweep minimises; None while the run is unfinished.
+    def value(self, recipe: Recipe, metric: str) -> float | None:
+        """What a sweep minimises, of a metric by its full name; None while the run is unfinished.
 
-        `training`: the mean loss over the last fifth of the steps. Trials of one seed see the same samples, noise and
-        timesteps in the same order, so their values are paired. `validation`: the last validation loss.
+        `training`: the mean over the last fifth of the steps. Trials of one seed see the same samples, noise and
+        timesteps in the same order, so their values are paired. `validation`: that of the last one.
         """
-        if len(self.losses) < recipe.num_steps:
+        if len(self.training) < recipe.num_steps:
             return None
-        if metric == "validation":
-            return self.validation_loss
-        last = self.losses[-math.ceil(recipe.num_steps / 5) :]
+        where, name = metric.split("/")
+        if where == "validation":
+            return None if self.validation is None else float(self.validation[name])
+        last = [line[name] for line in self.training[-math.ceil(recipe.num_steps / 5) :]]
         return math.fsum(last) / len(last)
+
+
+def _by_name(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The numbers of a validation line, whose `loss` is that of the metric that it states."""
+    if "metric" not in line:  # written before metrics had names: the weighted sum
+        return line
+    return {**line, line["metric"]: line["loss"], LOSS: line["total"]}
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from megadit.tuning.optimum import LrCurve, find_optimum
 
 TOP = 2.0  # of the loss axis, in units of the smallest loss: what is above has not learned
-LOSS_LABELS = {"training": "mean training loss of the last fifth of the steps", "validation": "validation loss"}
 
 
 def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path) -> None:
     """Draw panels, each a title and its curves, to a PNG file.
 
     Lines are means over seeds, dots single trials, a star is the optimum (filled where a parabola was fitted). At the
-    top, a cross is a trial that diverged, a triangle one whose loss is over twice the smallest: off the scale.
+    top, a cross is a trial that diverged, a triangle one whose loss is over twice the smallest: off the scale. `metric`
+    says by its full name what the losses are of; where they go below 0, the scale is linear and ends there.
     """
     figure = Figure(figsize=(1.2 + 4.8 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -31,13 +31,16 @@ def draw(panels: Sequence[tuple[str, Sequence[LrCurve]]], metric: str, out: Path
     shades = mpl.colormaps["viridis"].resampled(max(2, len(widths) + 1))
     colours = {width: to_hex(shades(index)) for index, width in enumerate(widths)}
     lowest = min(curve.loss_SL.min() for _, curves in panels for curve in curves)
-    all_axes[0].set_yscale("log")
-    all_axes[0].set_ylim(0.95 * lowest, TOP * lowest)
+    top = lowest + (TOP - 1) * abs(lowest)
+    if lowest > 0:
+        all_axes[0].set_yscale("log")
+    all_axes[0].set_ylim(lowest - 0.05 * abs(lowest), top)
     for axes, (title, curves) in zip(all_axes, panels, strict=True):
-        _draw_panel(axes, curves, colours, TOP * lowest)
+        _draw_panel(axes, curves, colours, top)
         axes.set_title(title)
         axes.set_xlabel("log2 of the base learning rate")
-    all_axes[0].set_ylabel(LOSS_LABELS[metric])
+    where, name = metric.split("/")
+    all_axes[0].set_ylabel(f"{name}, mean of the last fifth of training" if where == "training" else metric)
     all_axes[0].legend(handles=_legend(colours), fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130, format="png")

@@ -24,7 +24,7 @@ def format_report(study: Study, curves: Sequence[LrCurve]) -> str:
     counts = ", ".join(f"{number} {state}" for state, number in count_states(study.trials()).items())
     seeds = max(len(curve.loss_SL) for curve in curves)
     lines = [
-        f"{title(study)}: trials {counts}; {study.metric} loss, mean of {seeds} seed(s)",
+        f"{title(study)}: trials {counts}; {study.metric}, mean of {seeds} seed(s)",
         f"{'width':>6}  {'best lr':>8}  {'minimum at log2 lr':>18}  {'loss':>7}  note",
     ]
     for curve, optimum in zip(curves, optima, strict=True):
@@ -41,7 +41,7 @@ def write_table(studies: Sequence[Study], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["study", *keys, f"{studies[0].metric} loss", "pruned at step"])
+        table.writerow(["study", *keys, studies[0].metric, "pruned at step"])
         for study in studies:
             for trial in filter(lambda trial: trial.done, study.trials()):
                 stated = dict(override.split("=", 1) for override in trial.overrides)

@@ -27,10 +27,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from megadit import recipe as recipes
 from megadit.recipe import Recipe
-from megadit.tuning.curve import Divergence, Metric
+from megadit.tuning.curve import LOSS, Divergence
 from megadit.tuning.space import Point, trial_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # in 1 the metric was `training` or `validation`, of the loss
 RECIPE_NAME, STUDY_NAME, STORAGE_NAME = "recipe.yaml", "study.yaml", "study.db"
 _STUDY_IN_STORAGE = "megadit"  # Optuna's name of the one study in the file
 _LOCK_SECONDS = 60  # how long SQLite waits for another process that writes
@@ -91,8 +91,9 @@ class Study:
         self._recipes: dict[Point, Recipe] = {}
 
     @property
-    def metric(self) -> Metric:
-        return self.facts["metric"]
+    def metric(self) -> str:
+        """By its full name."""
+        return str(self.facts["metric"])
 
     @property
     def recipe_path(self) -> Path:
@@ -198,8 +199,8 @@ class Study:
         return json.dumps({key: new for key, (_, new) in recipes.differences(self.recipe, self._recipe(point)).items()})
 
 
-def open_or_create(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[str, Any]) -> Study:
-    """The study of `recipe` in `folder`. `data`: url and fingerprint of the training data.
+def open_or_create(folder: Path, recipe: Recipe, metric: str, data: Mapping[str, Any]) -> Study:
+    """The study of `recipe` in `folder`. `metric`: its full name; `data`: url and fingerprint of the training data.
 
     Settings that have no effect on a run (engine, workers, where the data lie) may differ from before: those given now
     are used. Raises ValueError for a study of another recipe, metric or data, naming what differs.
@@ -232,7 +233,7 @@ def value_at(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def _check_same(folder: Path, recipe: Recipe, metric: Metric, data: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, recipe: Recipe, metric: str, data: Mapping[str, Any]) -> None:
     changed = recipes.differences(recipes.load(folder / RECIPE_NAME), recipe).matter
     matter = [str(changed)] if changed else []
     facts = _read_facts(folder)
@@ -251,9 +252,11 @@ def _open_storage(folder: Path) -> RDBStorage:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = yaml.safe_load((folder / STUDY_NAME).read_text())
+    if facts["version"] == 1:
+        facts |= {"version": FORMAT_VERSION, "metric": f"{facts['metric']}/{LOSS}"}
     if facts["version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / STUDY_NAME}: format version {facts['version']!r}; this megadit reads {FORMAT_VERSION}"
+            f"{folder / STUDY_NAME}: format version {facts['version']!r}; this megadit reads 1 to {FORMAT_VERSION}"
         )
     return facts
 

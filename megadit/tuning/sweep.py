@@ -23,7 +23,7 @@ from megadit.training import run_folder
 from megadit.training.data_fits import check_data_fits
 from megadit.training.signals import StopRequest, stop_on_signal
 from megadit.tuning import space as spaces, trial as trials
-from megadit.tuning.curve import Curve, Divergence, Metric, find_divergence
+from megadit.tuning.curve import Curve, Divergence, find_divergence, full_name
 from megadit.tuning.space import Dimension, Point
 from megadit.tuning.study import Claim, Study, Trial, count_states, open_or_create
 
@@ -43,13 +43,14 @@ def sweep(
     sampler: Sampler = "grid",
     num_trials: int | None = None,
     seed: int = 0,
-    metric: Metric = "training",
+    metric: str = "training",
     num_workers: int = 1,
 ) -> int:
     """Train the recipe `source` with `overrides` at the points of `space`, as the study in `folder` (studies/NAME).
 
     A grid has every combination of the values of `space`; a random search `num_trials` of them, drawn from `seed`.
-    `preset` adds the keys and ranges of `space.paper_space`. `num_workers` trials run at once. What is done already is
+    `preset` adds the keys and ranges of `space.paper_space`. `metric` is what is compared, see `curve.full_name`.
+    `num_workers` trials run at once. What is done already is
     not done again. Returns the exit code: 0 when all points are done, 75 when interrupted (the same call resumes).
 
     Raises ValueError for a recipe, a space, a study or data that cannot be used, before anything is trained, and with
@@ -58,6 +59,7 @@ def sweep(
     if detect().launched:
         raise ValueError("a sweep is not a rank: start it by itself, several times on one study if you like")
     base = _base_recipe(source, overrides)
+    metric = full_name(metric, base)
     space = [*(spaces.paper_space(base) if preset == "paper" else []), *space]
     points = _points(spaces.parse_space(space), sampler, num_trials, seed)
     manifest = _check(base, source, overrides, points, metric)
@@ -203,7 +205,7 @@ def _log_summary(study: Study) -> None:
     finished = [trial for trial in study.trials() if trial.value is not None]
     if finished:
         best = min(finished, key=lambda trial: trial.value if trial.value is not None else math.inf)
-        logger.info("best: %s with %s loss %.4f", best.name, study.metric, best.value)
+        logger.info("best: %s with %s %.4f", best.name, study.metric, best.value)
 
 
 def _base_recipe(source: str, overrides: Sequence[str]) -> Recipe:
@@ -224,17 +226,16 @@ def _points(space: Sequence[Dimension], sampler: Sampler, num_trials: int | None
     return spaces.draw(space, num_trials, seed)
 
 
-def _check(base: Recipe, source: str, overrides: Sequence[str], points: Sequence[Point], metric: Metric) -> Manifest:
-    """Raise ValueError unless every point can be trained: its recipe, its parameter table, its data.
+def _check(base: Recipe, source: str, overrides: Sequence[str], points: Sequence[Point], metric: str) -> Manifest:
+    """Raise ValueError unless every point can be trained and compared: its recipe, its parameter table, its data.
 
     Returns the manifest of the base recipe's data.
     """
-    if metric == "validation" and base.validation is None:
-        raise ValueError("the metric validation needs a recipe with a validation section")
     manifest = Manifest.load(base.data.url)
     checked: set[str] = set()
     for point in points:
         recipe = recipes.load(source, [*overrides, *point])
+        full_name(metric, recipe)
         facts = recipe.model_dump_json(include={"model": True, "parametrization": True, "data": True, "encoders": True})
         if facts not in checked:
             build_table(recipe)

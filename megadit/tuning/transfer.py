@@ -57,8 +57,8 @@ def transfer(
     if (target is None) != (out is None):
         raise ValueError("a target recipe (--to) and the file to write it to (--out) go together")
     studies = [Study(folder) for folder in folders]
-    if len({study.metric for study in studies}) > 1:
-        raise ValueError("the studies have different metrics; training and validation losses are not comparable")
+    if len(metrics := dict.fromkeys(study.metric for study in studies)) > 1:
+        raise ValueError(f"the studies have different metrics, which do not compare: {', '.join(metrics)}")
     curves = [read_curves(study) for study in studies]
     report = [format_report(study, found) for study, found in zip(studies, curves, strict=True)]
     if figure_path is not None:

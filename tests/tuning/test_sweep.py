@@ -16,9 +16,11 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 
 from megadit.recipe import Recipe
 from megadit.training import run_folder, trainer
+from megadit.tuning.curve import Curve
 from megadit.tuning.study import Study, Trial
 from megadit.tuning.sweep import sweep
 from megadit.tuning.trial import fork_server
@@ -203,6 +205,37 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_resumes(
     check_steps(run)
 
 
+# Metrics
+
+
+def test_the_weight_of_a_loss_is_no_part_of_what_is_compared(tiny_yaml: Path, tmp_path: Path, repa: list[str]) -> None:
+    """Weights of REPA: the losses are far apart, as they contain the weight, and the velocities next to each other."""
+    space = ["objective.repa.weight=0.1,0.5,2.0"]
+    overrides = [*repa, "validation=null", "training.num_images=2560"]
+    assert sweep(str(tiny_yaml), tmp_path / "study", space, overrides, num_workers=2) == 0
+    study = Study(tmp_path / "study")
+    assert study.metric == "training/velocity"
+    velocities, sums = [], []
+    for trial in study.trials():
+        curve = Curve.read(trial.run)
+        assert trial.value == curve.value(trial.recipe, "training/velocity")
+        velocities.append(trial.value)
+        sums.append(curve.value(trial.recipe, "training/loss"))
+    assert max(velocities) < 1.05 * min(velocities)
+    assert sums[0] > 0.2 and abs(sums[1]) < 0.2 and sums[2] < -1
+
+
+def test_a_study_from_before_metrics_had_names_compares_the_sum(swept: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(swept, tmp_path / "study")
+    facts = yaml.safe_load((folder / "study.yaml").read_text()) | {"version": 1, "metric": "training"}
+    (folder / "study.yaml").write_text(yaml.safe_dump(facts))
+    assert Study(folder).metric == "training/loss"
+    with pytest.raises(ValueError, match="metric: training/loss there, training/velocity now"):
+        sweep(str(tiny_yaml), folder, SPACE, SHORT)
+    assert sweep(str(tiny_yaml), folder, [*SPACE[:1], "optimizer.lr=2^-7"], SHORT, metric="training/loss") == 0
+    assert len(Study(folder).trials()) == 4
+
+
 # Bad input
 
 
@@ -216,6 +249,12 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_resumes(
         (["parametrization.base_width=32,24"], [], {}, "base_width 24 must be a multiple of model.head_dim 16"),
         (["seed=0"], ["data.url=file:///nowhere"], {}, "no data set at file:///nowhere"),
         (["seed=0"], ["validation=null"], {"metric": "validation"}, "needs a recipe with a validation section"),
+        (
+            ["seed=0"],
+            [],
+            {"metric": "training/noise"},
+            "no metric 'training/noise': objective.kind flow has training/vel",
+        ),
         (["seed=0"], [], {"num_trials": 3}, "a grid has as many trials as it has points"),
         (["seed=0"], [], {"sampler": "random"}, "random search needs a number of trials"),
         (["optimizer.max_grad_norm=0.1..9"], [], {}, "a grid needs a list"),
@@ -234,7 +273,9 @@ def test_a_study_is_of_one_recipe_metric_and_data(
 ) -> None:
     with pytest.raises(ValueError, match=r"something else \(optimizer.weight_decay: 0.01 there, 0.1 now\)"):
         sweep(str(tiny_yaml), swept, SPACE, [*SHORT, "optimizer.weight_decay=0.1"])
-    with pytest.raises(ValueError, match="metric: training there, validation now"):
+    with pytest.raises(ValueError, match="metric: training/velocity there, training/loss now"):
+        sweep(str(tiny_yaml), swept, SPACE, SHORT, metric="training/loss")
+    with pytest.raises(ValueError, match="metric: training/velocity there, validation/velocity now"):
         sweep(str(tiny_yaml), swept, SPACE, ["training.num_images=96"], metric="validation")
     pack_animals(str(tmp_path), seed=4)
     with pytest.raises(ValueError, match="data: fingerprint [0-9a-f]{12} there, [0-9a-f]{12} now"):

@@ -40,9 +40,10 @@ def make_study(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         space: Sequence[str] = ("model.width=32,64,128", "optimizer.lr=2^-9..2^-5", "seed=0,1"),
         overrides: Sequence[str] = (),
         name: str = "study",
+        metric: str = "training/velocity",
     ) -> Path:
         folder = tmp_path_factory.mktemp("studies") / name
-        study = open_or_create(folder, load(tiny_yaml, overrides), "training", DATA)
+        study = open_or_create(folder, load(tiny_yaml, overrides), metric, DATA)
         for trial in study.add(grid(parse_space(space)), {"space": list(space)}):
             value = loss(trial.recipe.model.width, math.log2(trial.recipe.optimizer.lr), trial.recipe.seed)
             if value == math.inf:
@@ -99,7 +100,7 @@ def test_a_learning_rate_counts_when_all_seeds_are_done(make_study: Callable[...
 
 def test_each_width_shows_its_best_setting(make_study: Callable[..., Path], tiny_yaml: Path, tmp_path: Path) -> None:
     space = ["model.width=32", "optimizer.lr=2^-8..2^-6", "optimizer.max_grad_norm=0.1,1.0"]
-    study = open_or_create(tmp_path / "clip", load(tiny_yaml), "training", DATA)
+    study = open_or_create(tmp_path / "clip", load(tiny_yaml), "training/velocity", DATA)
     for trial in study.add(grid(parse_space(space)), {}):
         claim = study.claim(trial)
         assert claim is not None
@@ -119,7 +120,7 @@ def test_the_report(study: Path, make_study: Callable[..., Path]) -> None:
     space = ["model.width=32,64,128", "optimizer.lr=2^-9..2^-5"]
     sp = make_study(moving, space, overrides=["parametrization.kind=sp"], name="sp")
     assert transfer([study, sp]).splitlines() == [
-        "study (mup): trials 24 finished, 6 pruned, 0 unfinished; training loss, mean of 2 seed(s)",
+        "study (mup): trials 24 finished, 6 pruned, 0 unfinished; training/velocity, mean of 2 seed(s)",
         " width   best lr  minimum at log2 lr     loss  note",
         "    32      2^-7       -6.70 +- 0.00   0.6390",
         "    64      2^-7       -6.70 +- 0.00   0.3265",
@@ -127,7 +128,7 @@ def test_the_report(study: Path, make_study: Callable[..., Path]) -> None:
         "over widths 32 to 128 the best rate moves by 0 octave(s) on the grid, by 0.00 between the fitted minima",
         "at 2^-7, the best of width 32, wider is better: 0.6390, 0.3265, 0.1702",
         "",
-        "sp (sp): trials 15 finished, 0 pruned, 0 unfinished; training loss, mean of 1 seed(s)",
+        "sp (sp): trials 15 finished, 0 pruned, 0 unfinished; training/velocity, mean of 1 seed(s)",
         " width   best lr  minimum at log2 lr     loss  note",
         "    32      2^-6               -6.00   0.0320",
         "    64      2^-7               -7.00   0.0640",
@@ -145,8 +146,8 @@ def test_the_table_has_every_trial(study: Path, tmp_path: Path) -> None:
     assert len(rows) == 2 * len(trials)
     for row, trial in zip(rows, [*trials, *trials], strict=True):
         assert {f"{key}={row[key]}" for key in ("model.width", "optimizer.lr")} <= set(trial.overrides)
-        assert (row["training loss"] == "") == (trial.value is None)
-        assert trial.value is None or float(row["training loss"]) == pytest.approx(trial.value, rel=1e-5)
+        assert (row["training/velocity"] == "") == (trial.value is None)
+        assert trial.value is None or float(row["training/velocity"]) == pytest.approx(trial.value, rel=1e-5)
 
 
 def test_the_figure(study: Path, tmp_path: Path) -> None:
@@ -156,6 +157,15 @@ def test_the_figure(study: Path, tmp_path: Path) -> None:
         assert one.format == two.format == "PNG"
         assert two.width > 1.5 * one.width
         assert len({colour for _, colour in one.convert("RGB").getcolors(1 << 24)}) > 100
+
+
+def test_values_below_zero_are_drawn(make_study: Callable[..., Path], study: Path, tmp_path: Path) -> None:
+    aligned = make_study(lambda *at: parabola(*at) - 2, metric="validation/alignment")
+    transfer([aligned], figure_path=tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert len({colour for _, colour in figure.convert("RGB").getcolors(1 << 24)}) > 100
+    with pytest.raises(ValueError, match="which do not compare: training/velocity, validation/alignment"):
+        transfer([study, aligned])
 
 
 def test_the_target_is_the_recipe_with_what_was_found(study: Path, target: Path, tmp_path: Path) -> None:
@@ -173,7 +183,7 @@ def test_the_target_is_the_recipe_with_what_was_found(study: Path, target: Path,
     assert facts["extends"] == str(target)
     assert facts["trials"] == {"finished": 24, "pruned": 6, "unfinished": 0}
     assert facts["best_trial"]["name"] == "width=128,lr=2^-7,seed=0"
-    assert (facts["metric"], facts["width"], facts["best_log2_lr"]) == ("training", 128, -7)
+    assert (facts["metric"], facts["width"], facts["best_log2_lr"]) == ("training/velocity", 128, -7)
     assert facts["fitted_log2_lr"] == pytest.approx(-6.7)
     assert facts["uncertainty_log2_lr"] == pytest.approx(0, abs=1e-9)
     assert facts["data_fingerprint"] == DATA["fingerprint"]
