@@ -1,10 +1,8 @@
 """One small interface over S3 and local folders: read ranges, write whole objects, never half of one.
 
-`open_store("s3://bucket/prefix")` uses boto3 with its usual chain of credentials and endpoints (AWS_ENDPOINT_URL,
-profiles, roles); `open_store("file:///folder")` or a plain path uses the file system. Names are relative to the root.
-
-boto3's body reader does not resume (boto3#2662, botocore#3132), so reads continue here: after a break the rest is
-asked for with `If-Match`, and the time without progress is bounded by RETRY_SECONDS, or by what the caller says.
+Names are relative to the root. boto3's body reader does not resume (boto3#2662, botocore#3132), so reads continue here:
+after a break the rest is asked for with `If-Match`, and the time without progress is bounded by RETRY_SECONDS, or by
+what the caller says.
 """
 
 import contextlib
@@ -20,8 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import IO, Any, Protocol, TypeVar
 
 import boto3
 import botocore.loaders
@@ -41,7 +38,6 @@ from botocore.exceptions import (
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Client = Literal["boto3", "obstore"]
 
 # All limits of patience, in one place. A server that is down is reported within about 20 s; a run in the middle of its
 # data has more patience (loading/loader.py), since what it would lose is worth more.
@@ -103,30 +99,6 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give up on what is being retried in other threads: nobody waits for it any more."""
-
-
-def open_store(url: str, client: Client = "boto3", retry_seconds: float | None = None) -> Store:
-    """The store at `s3://bucket/prefix`, `file:///folder` or a plain path.
-
-    client: who reads from S3; obstore is an optional package. retry_seconds: how long a server may give nothing,
-    RETRY_SECONDS without. Raises StorageError.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "s3" and client == "obstore":
-        from megadit.data.storage.obstore_store import ObstoreStore  # obstore need not be installed
-
-        return ObstoreStore(parts.netloc, parts.path.strip("/"), retry_seconds)
-    if parts.scheme == "s3":
-        return S3Store(parts.netloc, parts.path.strip("/"), retry_seconds)
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise StorageError(f"{url}: a file address has three slashes: file:///folder")
-        return FileStore(Path(unquote(parts.path)))
-    if "://" in url:
-        raise StorageError(f"{url}: unknown scheme {parts.scheme!r}; use s3://bucket/prefix, file:///folder or a path")
-    if not url:
-        raise StorageError("an empty address; use s3://bucket/prefix, file:///folder or a path")
-    return FileStore(Path(url).absolute())
 
 
 class FileStore:
