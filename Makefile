@@ -1,5 +1,6 @@
 # make quickstart   train a small model from a local S3 server and sample from it (at most 10 minutes on 2 cores)
 # make test         the tests; `make slow` runs the long ones too, `make lint` the formatter, linter and type checker
+# make layers       draw docs/images/layers.svg from the imports
 # Needs Python 3.11 or newer and make. Everything is installed into .venv; `make clean` removes it.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PARALLEL := -n 2 --dist loadfile  # files of tests side by side; fixtures of a f
 # The repository root must stay off sys.path: its folders (kernels, eval, ...) are imported as megadit.kernels, ...
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint layers clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/megadit.stamp
@@ -30,6 +31,9 @@ lint: $(VENV)/tools.stamp
 	$(BIN)/ruff check .
 	rm -rf build/lint && $(BIN)/python setup.py --quiet build_py --build-lib build/lint
 	MYPYPATH=build/lint $(BIN)/mypy -p megadit
+
+layers:
+	$(PYTHON) docs/layers.py
 
 clean:
 	rm -rf $(VENV) build dist megadit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
