@@ -7,7 +7,6 @@ import typer
 
 from megadit.eval.score import score
 from megadit.launcher.environment import detect
-from megadit.recipe import GenerationPrecision, LabelOrder
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ def generate(
     prompts_sha256: Annotated[str | None, typer.Option(help="SHA-256 that the list must have.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(min=1, help="For task prompts.  [default: 1]")] = None,
     labels: Annotated[
-        LabelOrder | None,
+        Literal["balanced", "random"] | None,
         typer.Option(help="For imagenet50k: balanced (50 of a class) or random.  [default: balanced]"),
     ] = None,
     sampler: Annotated[
@@ -53,7 +52,7 @@ def generate(
     shift: Annotated[float | None, typer.Option(help="Shift of the times to noise, for flow.  [default: 1]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass; part of the job.")] = 32,
     precision: Annotated[
-        GenerationPrecision, typer.Option(help="Of the weights of model and text encoder: fp32 or bf16.")
+        Literal["fp32", "bf16"], typer.Option(help="Of the weights of model and text encoder: fp32 or bf16.")
     ] = "fp32",
     encoder: Annotated[str | None, typer.Option(help="Folder of the text encoder, unless it is minilm.")] = None,
     vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder of a model of latents.")] = None,

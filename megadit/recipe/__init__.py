@@ -3,7 +3,6 @@
 from megadit.recipe.comparison import Differences, differences, is_free
 from megadit.recipe.loading import (
     RECIPE_FOLDER,
-    RecipeError,
     all_presets,
     dump,
     load,
@@ -23,6 +22,7 @@ from megadit.recipe.schema import (
     TaskName,
     check_world_size,
 )
+from megadit.recipe.yaml_file import RecipeError
 
 __all__ = [
     "RECIPE_FOLDER",
