@@ -8,9 +8,9 @@ What is there, whole, and belongs to the picture as it is now is not computed ag
 
 import io
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from megadit import checksums
+from megadit import checksums, journal
 from megadit.eval.resize import Pixels
 from megadit.eval.weights import Located, Weights
 from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
@@ -158,7 +158,7 @@ class FeatureFiles:
     def missing(self, pictures: Pictures) -> set[int]:
         """The pictures without a record."""
         found: set[int] = set()
-        for records in self._files():
+        for records in journal.read_arrays(self._folder, self._record):
             found.update(int(records["picture"][place]) for place in self._good(records, pictures))
         return set(range(len(pictures.digests))) - found
 
@@ -166,21 +166,24 @@ class FeatureFiles:
         """Some columns of all features in the order of the pictures, float32 [N, width of the columns]."""
         width = len(range(self._features.width)[columns])
         values = np.full((len(pictures.digests), width), np.nan, dtype=np.float32)
-        for records in self._files():
+        for records in journal.read_arrays(self._folder, self._record):
             good = self._good(records, pictures)
             values[records["picture"][good]] = records["features"][good, columns]
         assert not np.isnan(values).any(), f"{self._folder}: load() before extract()"
         return torch.from_numpy(values)
 
-    def writer(self) -> "_Writer":
-        """A context that gives a function which appends a batch to this rank's file."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return _Writer(self._folder / f"rank-{rank()}-of-{world_size()}.bin", self._record)
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[Sequence[int], Sequence[str], np.ndarray], None]]:
+        """What appends a batch to this rank's file: pictures, their digests, features [B, width]."""
+        with journal.appending(self._folder, rank(), world_size(), self._record) as append:
 
-    def _files(self) -> Iterator["np.memmap[tuple[int], np.dtype[np.void]]"]:
-        for path in sorted(self._folder.glob("rank-*.bin")):
-            if num_records := path.stat().st_size // self._record.itemsize:
-                yield np.memmap(path, dtype=self._record, mode="r", shape=(num_records,))
+            def append_batch(indices: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
+                records = np.empty(len(indices), dtype=self._record)
+                records["picture"], records["digest"], records["features"] = indices, digests, values
+                records["crc32"] = [checksums.crc32(row.tobytes()) for row in records["features"]]
+                append(records.tobytes())
+
+            yield append_batch
 
     def _good(self, records: "np.memmap[tuple[int], np.dtype[np.void]]", pictures: Pictures) -> list[int]:
         """Records that are whole and of a picture as it is now."""
@@ -191,27 +194,6 @@ class FeatureFiles:
             and record["digest"] == pictures.digests[index].encode()
             and record["crc32"] == checksums.crc32(record["features"].tobytes())
         ]
-
-
-class _Writer:
-    def __init__(self, path: Path, record: np.dtype[np.void]) -> None:
-        self._path, self._record = path, record
-
-    def __enter__(self) -> Callable[[Sequence[int], Sequence[str], np.ndarray], None]:
-        self._file = self._path.open("ab", buffering=0)
-        # What a killed process left of a record would shift all that follow.
-        self._file.truncate(self._file.tell() // self._record.itemsize * self._record.itemsize)
-        return self._append
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def _append(self, indices: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
-        records = np.empty(len(indices), dtype=self._record)
-        records["picture"], records["digest"], records["features"] = indices, digests, values
-        records["crc32"] = [checksums.crc32(row.tobytes()) for row in records["features"]]
-        self._file.write(records.tobytes())
-        os.fsync(self._file.fileno())
 
 
 def decode(data: bytes, name: str) -> Pixels:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megadit.data.format.members import Members
 from megadit.eval import units
+from megadit.files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ def export_data(url: str, out: Path) -> Exported:
         key, caption = name.decode(), members.caption(sample)
         if caption is None:
             raise ValueError(f"{url} has no captions to make prompts of")
-        units.write_bytes(found.images / f"{key}.{facts.member}", members.get(facts.member, sample))
+        write_bytes(found.images / f"{key}.{facts.member}", members.get(facts.member, sample))
         captions.setdefault(caption, key)
     lines = [json.dumps({"prompt": caption, "key": key}) + "\n" for caption, key in captions.items()]
-    units.write_text(found.prompts, "".join(lines))
+    write_text(found.prompts, "".join(lines))
     return found
 
 
@@ -56,8 +57,8 @@ def export_geneval(folder: Path, out: Path) -> int:
         raise ValueError(f"{out} is not empty: give a new folder")
     for index, record in enumerate(prompts):
         metadata = {key: value for key, value in record.items() if key != "index"}
-        units.write_text(out / f"{index:05d}" / "metadata.jsonl", json.dumps(metadata) + "\n")
+        write_text(out / f"{index:05d}" / "metadata.jsonl", json.dumps(metadata) + "\n")
     for unit in images:
         path = out / f"{unit.prompt:05d}" / "samples" / f"{unit.image:05d}.png"
-        units.write_bytes(path, unit.path.read_bytes())
+        write_bytes(path, unit.path.read_bytes())
     return len(prompts)

@@ -22,8 +22,8 @@ from megadit.eval.features import FeatureFiles, FeatureSettings, Pictures, extra
 from megadit.eval.metrics.catalogue import Compares, Metric, Value
 from megadit.eval.metrics.frechet import Moments, Statistics, frechet, frechet_stderr, load_statistics, save_statistics
 from megadit.eval.picture_sets import Generated, fingerprint, open_reference
-from megadit.eval.units import write_text
 from megadit.eval.weights import Located
+from megadit.files import write_text
 from megadit.training.ranks import on_first_rank
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from megadit.eval.picture_sets import Generated, fingerprint
 from megadit.eval.score import score_folder
 from megadit.eval.task_images import Options, generate
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
+from megadit.files import write_text
 from megadit.recipe import Evaluation, EvaluationMetric, EvaluationTask
 from megadit.sampling.generate import default_weights
 from megadit.training import run_folder
@@ -166,7 +167,7 @@ def _is_scored(folder: Path, wanted: Mapping[str, Any]) -> bool:
 def _note_scored(folder: Path, wanted: Mapping[str, Any], scores: list[str]) -> None:
     others = [entry for entry in _read_done(folder) if entry["metric"] != wanted]
     entry = {"metric": wanted, "pictures": fingerprint(Generated(folder)), "scores": scores}
-    units.write_text(folder / DONE_FILE, json.dumps([*others, entry], indent=1) + "\n")
+    write_text(folder / DONE_FILE, json.dumps([*others, entry], indent=1) + "\n")
 
 
 def _read_done(folder: Path) -> list[dict[str, Any]]:

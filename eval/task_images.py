@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from megadit import journal
 from megadit.checksums import sha256_of
 from megadit.eval import units
 from megadit.eval.tasks.task import Record, Task
+from megadit.files import write_bytes
 from megadit.randomness import named_generator
 from megadit.recipe import GenerationPrecision, Recipe
 from megadit.sampling.generate import class_numbers, default_weights, load_conditioner, load_decoder, load_weights
@@ -200,7 +202,7 @@ def _generate(
     vae = options.vae
     decoder = load_decoder(vae, job.recipe, device) if vae is not None else None
     made, began, logged = 0, time.monotonic(), time.monotonic()
-    with units.recording(out, rank(), world_size()) as commit:
+    with journal.appending(out / units.JOURNAL, rank(), world_size()) as append:
         for batch in batches:
             on_device = {name: value.to(device) for name, value in conditions(batch).items()}
             draws = _draws(job, batch)
@@ -208,7 +210,8 @@ def _generate(
                 model, job.recipe, on_device, job.sampler, options.guidance_scale, draws, options.guidance_channels
             )
             pictures = to_png(_finite(decoder.decode(images) if decoder else images, batch))
-            commit([_write(out, place, png) for place, png in zip(batch, pictures, strict=True) if place in missing])
+            made_now = [_write(out, place, png) for place, png in zip(batch, pictures, strict=True) if place in missing]
+            append(journal.to_lines(*made_now))
             made += len(missing.intersection(batch))
             if rank() == 0 and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
@@ -274,5 +277,5 @@ def to_png(images_BCHW: Tensor) -> list[bytes]:
 
 
 def _write(out: Path, place: Place, png: bytes) -> dict[str, Any]:
-    units.write_bytes(units.image_path(out, *place), png)
+    write_bytes(units.image_path(out, *place), png)
     return {"prompt": place[0], "image": place[1], "sha256": hashlib.sha256(png).hexdigest()}

@@ -5,15 +5,16 @@ rank appends to a file of its own. A unit is finished when its line is on disk, 
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from megadit.files import PARTIAL, write_text
+from megadit.journal import read_lines
 
 PROMPTS_PER_FOLDER = 1000
-PARTIAL = ".partial-"  # before the name of a file that is not whole yet
+JOURNAL = "units"  # the folder of the lists
 FREE_KEYS = ("versions",)  # of the manifest: what may change between a job and its continuation
 
 
@@ -78,13 +79,7 @@ def _check_same_job(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def finished(folder: Path) -> dict[tuple[int, int], str]:
     """The SHA-256 of each finished unit, by (prompt, image)."""
-    found = {}
-    for path in sorted((folder / "units").glob("rank-*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):  # a killed process can leave half a line: that unit is not finished
-                unit = json.loads(line)
-                found[unit["prompt"], unit["image"]] = unit["sha256"]
-    return found
+    return {(unit["prompt"], unit["image"]): unit["sha256"] for unit in read_lines(folder / JOURNAL)}
 
 
 def complete(folder: Path) -> list[Unit]:
@@ -106,40 +101,3 @@ def complete(folder: Path) -> list[Unit]:
             "`megadit eval generate` goes on where it stopped"
         )
     return units
-
-
-class Commit(Protocol):
-    """Notes units as finished, {"prompt", "image", "sha256"} each: they are on disk when this returns."""
-
-    def __call__(self, units: Iterable[Mapping[str, Any]]) -> None: ...
-
-
-@contextmanager
-def recording(folder: Path, rank: int, world_size: int) -> Iterator[Commit]:
-    """Append to the list of one rank."""
-    (folder / "units").mkdir(exist_ok=True)
-    with (folder / "units" / f"rank-{rank}-of-{world_size}.jsonl").open("a+b", buffering=0) as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # half a line would spoil the next one
-
-        def commit(units: Iterable[Mapping[str, Any]]) -> None:
-            file.write("".join(f"{json.dumps(unit)}\n" for unit in units).encode("ascii"))
-            os.fsync(file.fileno())
-
-        yield commit
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that is either there, whole and synced, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of a text in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))

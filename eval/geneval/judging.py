@@ -24,8 +24,9 @@ from megadit.eval.geneval.selftest import check_arithmetic, check_golden, record
 from megadit.eval.geneval.summary import results_line, summarise
 from megadit.eval.geneval.verdicts import Prompt, Thresholds, judge, parse_prompt, select
 from megadit.eval.picture_sets import Generated, fingerprint
-from megadit.eval.units import Unit, read_manifest, read_prompts, write_text
+from megadit.eval.units import Unit, read_manifest, read_prompts
 from megadit.eval.weights import Located, WeightFile, WeightFolder, Weights
+from megadit.files import write_text
 from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)

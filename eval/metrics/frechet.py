@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megadit.files import writing
+
 BLOCK_ROWS = 4096
 
 
@@ -119,12 +121,9 @@ def _root(sigma: Tensor) -> Tensor:
 
 def save_statistics(path: Path, statistics: Statistics, features: str, suffix: str) -> None:
     """Write an .npz as pytorch-fid's and ADM's: mu, sigma (mu_s, sigma_s for `suffix` "_s"), and n and features."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"mu{suffix}": statistics.mu.numpy(), f"sigma{suffix}": statistics.sigma.numpy()}
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with writing(path) as file:
         np.savez(file, allow_pickle=False, n=np.array(statistics.num), features=np.array(features), **arrays)
-    partial.replace(path)
 
 
 def load_statistics(path: Path, features: str, suffix: str, dim: int) -> Statistics:

@@ -12,7 +12,8 @@ from megadit.eval.report.collect import GENEVAL, Run, collect, failures
 from megadit.eval.report.tables import Cell, Table
 from megadit.eval.report.template import PAGE
 from megadit.eval.report.thumbnails import Picture, thumbnail, with_boxes
-from megadit.eval.units import Unit, write_text
+from megadit.eval.units import Unit
+from megadit.files import write_text
 
 NUM_SHEET = 48  # images of a run
 NUM_PAIRS = 16  # prompts that several runs are compared on

@@ -1,7 +1,6 @@
 """A labelled contact sheet of images."""
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from megadit.files import writing
 
 CELL, LABEL, MARGIN = 128, 34, 8  # pixels
 
@@ -30,7 +31,5 @@ def draw_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
         sheet.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
         lines = textwrap.wrap(label, width=22, max_lines=2, placeholder="...")
         draw.text((left + CELL // 2, top + CELL + 2), "\n".join(lines), (0, 0, 0), font, anchor="ma", align="center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    sheet.save(partial, format="PNG")
-    os.replace(partial, path)
+    with writing(path) as file:
+        sheet.save(file, format="PNG")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from megadit.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ def _drop_after(path: Path, images_seen: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if _is_kept(line, images_seen)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
 
 
 def _is_kept(line: str, images_seen: int) -> bool:

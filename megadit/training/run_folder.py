@@ -11,7 +11,6 @@ RUN/checkpoints/       see checkpoint.py
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import yaml
 
 from megadit import recipe as recipes
 from megadit.data.format.manifest import Manifest
+from megadit.files import write_text
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import to_rows
 from megadit.recipe import Recipe
@@ -40,12 +40,12 @@ def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Man
         require_same_data(run, manifest)
         if changed := recipes.differences(there, recipe):
             logger.info("these keys are free and were changed: %s", changed)
-    _write(run / "recipe.yaml", recipes.dump(recipe))
-    _write(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
-    _write(run / "data.json", manifest.dump().decode())
+    write_text(run / "recipe.yaml", recipes.dump(recipe))
+    write_text(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
+    write_text(run / "data.json", manifest.dump().decode())
     path = run / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
-    _write(path, json.dumps([*starts, _environment()], indent=1))
+    write_text(path, json.dumps([*starts, _environment()], indent=1))
 
 
 def load_recipe(run: Path) -> Recipe:
@@ -100,9 +100,3 @@ def _git_revision() -> str | None:
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    os.replace(partial, path)

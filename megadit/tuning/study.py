@@ -26,6 +26,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from megadit import recipe as recipes
+from megadit.files import write_text
 from megadit.recipe import Recipe
 from megadit.tuning.curve import LOSS, Divergence
 from megadit.tuning.space import Point, trial_name
@@ -118,7 +119,7 @@ class Study:
             self.facts = _read_facts(self.folder)
             if search not in self.facts["searches"]:
                 self.facts["searches"].append(dict(search))
-                _write(self.folder / STUDY_NAME, yaml.safe_dump(self.facts, sort_keys=False))
+                write_text(self.folder / STUDY_NAME, yaml.safe_dump(self.facts, sort_keys=False))
         trials = {trial.name: trial for trial in self.trials()}
         return [trials[name] for name in dict.fromkeys(names[self._identity(point)] for point in points)]
 
@@ -210,11 +211,11 @@ def open_or_create(folder: Path, recipe: Recipe, metric: str, data: Mapping[str,
         exists = (folder / STUDY_NAME).is_file()
         if exists:
             _check_same(folder, recipe, metric, data)
-        _write(folder / RECIPE_NAME, recipes.dump(recipe))
+        write_text(folder / RECIPE_NAME, recipes.dump(recipe))
         if not exists:
             optuna.create_study(storage=_open_storage(folder), study_name=_STUDY_IN_STORAGE, load_if_exists=True)
             facts: dict[str, Any] = {"version": FORMAT_VERSION, "metric": metric, "data": dict(data), "searches": []}
-            _write(folder / STUDY_NAME, yaml.safe_dump(facts, sort_keys=False))
+            write_text(folder / STUDY_NAME, yaml.safe_dump(facts, sort_keys=False))
     return Study(folder)
 
 
@@ -270,9 +271,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megadit import journal
 from megadit.eval import units
 
 MANIFEST = {"task": {"id": "prompts", "version": 1}, "num_units": 2, "images_per_prompt": 2, "versions": {"torch": "1"}}
@@ -14,13 +15,13 @@ PROMPTS = [{"index": 0, "prompt": "a caption with U+2028: \u2028"}]
 
 def test_half_a_line_is_no_unit_and_spoils_none(tmp_path: Path) -> None:
     unit = {"prompt": 0, "image": 0, "sha256": "aa"}
-    with units.recording(tmp_path, 0, 1) as commit:
-        commit([unit])
+    with journal.appending(tmp_path / units.JOURNAL, 0, 1) as append:
+        append(journal.to_lines(unit))
     path = tmp_path / "units" / "rank-0-of-1.jsonl"
     path.write_text(path.read_text() + '{"prompt": 0, "image": 1, "sha')
     assert units.finished(tmp_path) == {(0, 0): "aa"}
-    with units.recording(tmp_path, 0, 1) as commit:
-        commit([unit | {"image": 1}, unit | {"image": 2}])
+    with journal.appending(tmp_path / units.JOURNAL, 0, 1) as append:
+        append(journal.to_lines(unit | {"image": 1}, unit | {"image": 2}))
     assert units.finished(tmp_path) == {(0, 0): "aa", (0, 1): "aa", (0, 2): "aa"}
 
 

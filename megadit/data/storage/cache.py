@@ -10,10 +10,10 @@ import fcntl
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from megadit.data.storage import StorageError
+from megadit.files import writing
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,8 @@ class ChunkCache:
             if self._written > self._limit * SLACK_SHARE:
                 self._written = len(data)
                 self._make_room()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-                try:
-                    file.write(data)
-                    file.flush()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with writing(path, shared=True, synced=False) as file:
+                file.write(data)
         except OSError as error:
             raise self._explained(error) from error
 

@@ -6,11 +6,11 @@ them and a stale one is never taken.
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from megadit.checksums import sha256_of
 from megadit.data.storage import FileStore, StorageError, Store
+from megadit.files import writing
 
 
 def local_copy(store: Store, name: str, sha256: str) -> Path:
@@ -43,9 +43,7 @@ def _check(found: str, expected: str, where: str) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all: several ranks may write the same file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        with writing(path, shared=True) as file:
             file.write(data)
-        os.replace(file.name, path)
     except OSError as error:
         raise StorageError(f"cannot keep a copy at {path}: {error}; set MEGADIT_CACHE to another folder") from error

@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,8 @@ from botocore.exceptions import (
     PartialCredentialsError,
     SSLError,
 )
+
+from megadit.files import writing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -129,18 +130,8 @@ class FileStore:
     def put_stream(self, name: str, source: IO[bytes]) -> None:
         path = self.root / name
         with self._explained("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with open(descriptor, "wb") as file:
-                    shutil.copyfileobj(source, file, BLOCK_BYTES)
-                    file.flush()
-                    os.fchmod(descriptor, 0o644)
-                    os.fsync(descriptor)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            with writing(path, shared=True) as file:
+                shutil.copyfileobj(source, file, BLOCK_BYTES)
             folder = os.open(path.parent, os.O_RDONLY)  # makes the new name itself durable
             try:
                 os.fsync(folder)
