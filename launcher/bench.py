@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from megadit.launcher.environment import detect, export
-from megadit.launcher.failures import DONE
-from megadit.launcher.local import launch
-from megadit.launcher.processes import follow_parent
+from megadit.exit_codes import DONE
+from megadit.launcher.environment import Ranks
+from megadit.launcher.join import launch_or_join
 from megadit.recipe import load
 
 
@@ -23,20 +22,18 @@ def bench(
     `micro_batches` and `checkpointing` are lists with commas between, by default what the recipe says. Raises
     ValueError for what is no such list.
     """
-    follow_parent()
     recipe = load(source, overrides)
-    ranks = detect()
-    if not ranks.launched and recipe.engine.num_ranks > 1:
-        options = [f"--steps={num_steps}"]
-        given = {"micro-batch": micro_batches, "activation-checkpointing": checkpointing, "text-tokens": text_tokens}
-        options += [f"--{name}={value}" for name, value in given.items() if value is not None]
-        return launch(recipe.engine.num_ranks, ["-m", "megadit", "bench", source, *overrides, *options])
-    if ranks.launched:
-        export(ranks)
-    from megadit.training import bench_table, synthetic
 
-    settings = bench_table.parse_settings(recipe, micro_batches, checkpointing, ranks.world_size)
-    measured = synthetic.bench(recipe, settings, num_steps, text_tokens)
-    if ranks.rank == 0:
-        say(bench_table.format_table(recipe, measured, ranks.world_size))
-    return DONE
+    def measure(ranks: Ranks) -> int:
+        from megadit.training import bench_table, synthetic
+
+        settings = bench_table.parse_settings(recipe, micro_batches, checkpointing, ranks.world_size)
+        measured = synthetic.bench(recipe, settings, num_steps, text_tokens)
+        if ranks.rank == 0:
+            say(bench_table.format_table(recipe, measured, ranks.world_size))
+        return DONE
+
+    given = {"micro-batch": micro_batches, "activation-checkpointing": checkpointing, "text-tokens": text_tokens}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    command = ["bench", source, *overrides, f"--steps={num_steps}", *options]
+    return launch_or_join(recipe.engine.num_ranks, measure, command)

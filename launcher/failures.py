@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-DONE, FAILED, INTERRUPTED = 0, 1, 75  # 75 is EX_TEMPFAIL of sysexits.h: run again to resume
+from megadit.exit_codes import DONE, FAILED
+
 FAILURES_VARIABLE = "MEGADIT_FAILURES"  # the folder of the ranks' messages
 LOST_PEER = re.compile(r"gloo.*(Connection closed by peer|Connection reset by peer|Broken pipe)", re.DOTALL)
 

@@ -13,7 +13,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from megadit.launcher.failures import DONE, run_reporting
+from megadit.exit_codes import DONE
+from megadit.launcher.failures import run_reporting
 from megadit.launcher.local import rank_environment
 
 _PRELOADED = ["megadit.training.trainer", "megadit.engines.fsdp", "megadit.launcher.forked", "torch._dynamo"]

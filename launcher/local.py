@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from megadit.launcher.failures import DONE, FAILED, FAILURES_VARIABLE, INTERRUPTED, first_failure
+from megadit.exit_codes import DONE, FAILED, INTERRUPTED, INTERRUPTED_WITH_NOTHING
+from megadit.launcher.failures import FAILURES_VARIABLE, first_failure
 from megadit.launcher.processes import child_environment, forwarding
 
 
@@ -63,8 +64,8 @@ def _outcome(codes: dict[int, int], failures: Path) -> int:
     if not broken:
         return INTERRUPTED
     rank, message = first_failure(failures) or _silent_failure(broken)
-    if broken.get(rank) == 130 or all(code == -signal.SIGINT for code in broken.values()):
-        return 130
+    if broken.get(rank) == INTERRUPTED_WITH_NOTHING or all(code == -signal.SIGINT for code in broken.values()):
+        return INTERRUPTED_WITH_NOTHING
     print(f"megadit: error: rank {rank}: {message}", file=sys.stderr)
     return max(FAILED, broken.get(rank, FAILED))
 

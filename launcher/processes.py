@@ -16,6 +16,8 @@ from types import FrameType
 
 import psutil
 
+from megadit.exit_codes import INTERRUPTED_WITH_NOTHING
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PARENT_VARIABLE = "MEGADIT_PARENT"  # process id of the parent that a child must not outlive
 
@@ -52,7 +54,7 @@ def forwarding(children: Callable[[], Sequence[psutil.Process]]) -> Iterator[Non
         sent = signal.SIGKILL if interrupts > 1 else signal.SIGTERM if number == signal.SIGHUP else number
         targets = children()
         if not targets:
-            sys.exit(130)
+            sys.exit(INTERRUPTED_WITH_NOTHING)
         for child in targets:
             with suppress(psutil.NoSuchProcess):  # it has ended by itself
                 child.send_signal(sent)

@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadit.launcher.environment import detect, export
+from megadit.launcher.environment import Ranks
 from megadit.launcher.failures import end_with
-from megadit.launcher.local import launch
-from megadit.launcher.processes import follow_parent
+from megadit.launcher.join import launch_or_join
 from megadit.recipe import load
 
 
@@ -18,17 +17,15 @@ def train(source: str, overrides: Sequence[str] = (), run: Path | None = None, r
     first start has begun. Raises ValueError for a recipe, an environment, a number of ranks or a `resume` that cannot
     be used.
     """
-    follow_parent()
     recipe = load(source, overrides)
-    run = run or Path("runs") / recipe.name
-    ranks = detect()
-    if not ranks.launched and recipe.engine.num_ranks > 1:
-        arguments = [source, *overrides, "--run", str(run), "--resume", resume]
-        return launch(recipe.engine.num_ranks, ["-m", "megadit", "train", *arguments])
-    if ranks.launched:
-        export(ranks)
-    from megadit.training import resuming, trainer
+    folder = run or Path("runs") / recipe.name
 
-    if resume == resuming.NEVER and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume = resuming.AUTO
-    return trainer.train(recipe, run, end_with, resume)
+    def be_a_rank(_: Ranks) -> int:
+        from megadit.training import resuming, trainer
+
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        begin = resuming.AUTO if resume == resuming.NEVER and restarted else resume
+        return trainer.train(recipe, folder, end_with, begin)
+
+    command = ["train", source, *overrides, "--run", str(folder), "--resume", resume]
+    return launch_or_join(recipe.engine.num_ranks, be_a_rank, command)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megadit.launcher.failures import DONE, FAILED
+from megadit.exit_codes import DONE, FAILED
 from megadit.launcher.forked import ForkedRanks
 from megadit.recipe import load
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from megadit.data.storage.local_s3 import LocalS3
-from megadit.launcher.failures import DONE, INTERRUPTED
+from megadit.exit_codes import DONE, INTERRUPTED
 from megadit.launcher.processes import run as run_child
 from megadit.recipe import load
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from megadit.distributed import Topology
 from megadit.eval.geneval.colours import ColourClassifier
 from megadit.eval.geneval.detector import Detector
 from megadit.eval.geneval.rows import Row, Rows
@@ -27,7 +28,6 @@ from megadit.eval.picture_sets import Generated, fingerprint
 from megadit.eval.units import Unit, read_manifest, read_prompts
 from megadit.eval.weights import Located, WeightFile, WeightFolder, Weights
 from megadit.files import write_text
-from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class _Task:
 
 
 def score_geneval(
-    folder: Path, weights: Path, metric: str, device: torch.device, protocol: Protocol | None = None
+    folder: Path, weights: Path, metric: str, topology: Topology, protocol: Protocol | None = None
 ) -> dict[str, Any]:
     """Judge the images of `folder` and write scores/METRIC.json, the rows and results.jsonl beside it.
 
@@ -99,20 +99,20 @@ def score_geneval(
     rank, unless every image of every prompt is there, and if weights are missing or the self-test fails.
     """
     protocol = protocol or PROTOCOLS[metric]
-    task = on_first_rank(lambda: _read_task(folder, protocol))
-    located = on_first_rank(lambda: _locate(weights, protocol))
+    task = topology.on_first(lambda: _read_task(folder, protocol))
+    located = topology.on_first(lambda: _locate(weights, protocol))
     sha256 = {name: digest for place in located for name, digest in place.sha256.items()}
     rows = Rows(folder / "scores" / f"{metric}.rows", _judge_id(sha256, protocol), task.pictures.units)
-    missing = on_first_rank(rows.missing)
+    missing = topology.on_first(rows.missing)
 
     def judge_share() -> dict[str, Any]:
-        detector = Detector.load(located[0].path, device)
-        colours = ColourClassifier.load(located[1].path, device)
-        tested = _self_test(detector, golden_folder(weights, metric))
-        _judge(detector, colours, task, rows, missing[rank() :: world_size()], protocol.thresholds)
+        detector = Detector.load(located[0].path, topology.device)
+        colours = ColourClassifier.load(located[1].path, topology.device)
+        tested = _self_test(detector, golden_folder(weights, metric), topology)
+        _judge(detector, colours, task, rows, missing[topology.rank :: topology.size], protocol.thresholds, topology)
         return tested
 
-    tested = on_every_rank(judge_share)[0]
+    tested = topology.on_every(judge_share)[0]
 
     def finish() -> dict[str, Any]:
         judged = rows.read()
@@ -123,7 +123,7 @@ def score_geneval(
         _write(folder / "scores", metric, score, task, judged)
         return score
 
-    return on_first_rank(finish)
+    return topology.on_first(finish)
 
 
 def golden_folder(weights: Path, metric: str) -> Path:
@@ -183,11 +183,11 @@ def _judge_id(sha256: Mapping[str, str], protocol: Protocol) -> str:
     return hashlib.sha256(basis.encode()).hexdigest()[:16]
 
 
-def _self_test(detector: Detector, golden: Path) -> dict[str, Any]:
+def _self_test(detector: Detector, golden: Path, topology: Topology) -> dict[str, Any]:
     """What was checked, for the report. Raises ValueError when the detector is broken."""
     error = check_arithmetic(detector)
     num_golden = check_golden(detector, golden) if golden.is_dir() else 0
-    if not num_golden and rank() == 0:
+    if not num_golden and topology.is_first:
         logger.warning(
             "%s does not exist: no golden images (see `megadit eval geneval-golden`), so a detector that finds too "
             "little would not be noticed",
@@ -203,14 +203,15 @@ def _judge(
     rows: Rows,
     units: Sequence[Unit],
     thresholds: Thresholds,
+    topology: Topology,
 ) -> None:
     places = {(unit.prompt, unit.image): place for place, unit in enumerate(task.pictures.units)}
     began = logged = time.monotonic()
-    with rows.writer() as append:
+    with rows.writer(topology) as append:
         for done, unit in enumerate(units, start=1):
             image = Image.fromarray(task.pictures.pixels(places[unit.prompt, unit.image]))
             append(_row(detector, colours, image, unit, task.prompts[unit.prompt], thresholds))
-            if rank() == 0 and time.monotonic() - logged > LOG_SECONDS:
+            if topology.is_first and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%d of %d images, %.2f images/s a rank", done, len(units), done / (logged - began))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megadit import journal
+from megadit.distributed import Topology
 from megadit.eval.units import Unit
-from megadit.training.ranks import rank, world_size
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Rows:
         return [unit for unit in self._units if (unit.prompt, unit.image) not in done]
 
     @contextmanager
-    def writer(self) -> Iterator[Callable[[Row], None]]:
+    def writer(self, topology: Topology) -> Iterator[Callable[[Row], None]]:
         """What appends a row to this rank's file: it is on disk when that returns."""
-        with journal.appending(self._folder, rank(), world_size()) as append:
+        with journal.appending(self._folder, topology.rank, topology.size) as append:
             yield lambda row: append(journal.to_lines(row | {"judge": self._judge}))

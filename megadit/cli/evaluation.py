@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from megadit.eval.score import score
-from megadit.launcher.environment import detect
 
 if TYPE_CHECKING:
-    import torch
+    from megadit.distributed import Topology
 
 QUICKSTART_RANKS = 2  # of one thread each: faster than one process with two, for networks so small
 GenEvalName = Literal["geneval", "geneval-hf"]
@@ -72,7 +71,7 @@ def generate(
     """
     from megadit.eval.ranks import run_on_ranks
 
-    def job(device: "torch.device") -> None:
+    def job(topology: "Topology") -> None:
         from megadit.eval.task_images import Options, generate as generate_images
         from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 
@@ -80,7 +79,7 @@ def generate(
         options = Options(
             ema, sampler, steps, shift, guidance_scale, guidance_channels, batch_size, precision, encoder, vae
         )
-        generate_images(wanted, source, out, options, device)
+        generate_images(wanted, source, out, options, topology)
 
     raise typer.Exit(run_on_ranks(num_ranks, job))
 
@@ -113,10 +112,10 @@ def geneval_golden(
     """
     from megadit.eval.ranks import run_on_ranks
 
-    def job(device: "torch.device") -> None:
+    def job(topology: "Topology") -> None:
         from megadit.eval.geneval.judging import record_golden
 
-        print(f"wrote {record_golden(weights, metric, device)}")
+        print(f"wrote {record_golden(weights, metric, topology.device)}")
 
     raise typer.Exit(run_on_ranks(1, job))
 
@@ -147,11 +146,11 @@ def quickstart(
     """
     from megadit.eval.ranks import run_on_ranks
 
-    def job(device: "torch.device") -> None:
+    def job(topology: "Topology") -> None:
         from megadit.eval.quickstart import evaluate
 
-        page = evaluate(run, device)
-        if detect().rank == 0:
+        page = evaluate(run, topology)
+        if topology.is_first:
             print(f"wrote {page}")
 
     raise typer.Exit(run_on_ranks(QUICKSTART_RANKS, job))
@@ -197,14 +196,13 @@ def suite(
     """
     from megadit.eval.ranks import run_on_ranks
 
-    def job(device: "torch.device") -> None:
+    def job(topology: "Topology") -> None:
         from megadit.eval.report.write import write_report
         from megadit.eval.suite import read_section, suite as run_suite
-        from megadit.training.ranks import on_first_rank
 
-        folders = run_suite(run, read_section(run, config), device)
-        page = on_first_rank(lambda: write_report(folders, out or run / "eval" / "report"))
-        if detect().rank == 0:
+        folders = run_suite(run, read_section(run, config), topology)
+        page = topology.on_first(lambda: write_report(folders, out or run / "eval" / "report"))
+        if topology.is_first:
             print(f"wrote {page}")
 
     raise typer.Exit(run_on_ranks(num_ranks, job))

@@ -4,18 +4,19 @@ import os
 
 import torch
 
+from megadit.distributed import Topology
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 
 
-def build(recipe: Recipe) -> Engine:
+def build(recipe: Recipe, topology: Topology) -> Engine:
     """The engine that the recipe names, with initial weights. Needs a process group unless it is `single`."""
     if recipe.engine.kind.startswith("zero"):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches at import, and warns
         from megadit.engines.zero import ZeroEngine  # DeepSpeed takes seconds to import
 
-        return ZeroEngine(recipe)
+        return ZeroEngine(recipe, topology)
     from megadit.engines.fsdp import TorchEngine
 
-    return TorchEngine(recipe)
+    return TorchEngine(recipe, topology)

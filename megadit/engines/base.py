@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megadit import optimizers
+from megadit.distributed import Topology
 from megadit.objectives import Losses
 from megadit.optimizers import OptimizerConfig, Slots
 from megadit.parametrization.groups import param_groups
@@ -48,6 +48,7 @@ class StepResult:
 class Engine(Protocol):
     """A model on this rank's share of the hardware. Every method is called by all ranks together."""
 
+    topology: Topology
     device: torch.device
     model: nn.Module  # as it was built, for looking on: its weights may be sharded
     shards: Mapping[str, Shard]
@@ -77,23 +78,13 @@ class Engine(Protocol):
         ...
 
 
-def process_device() -> torch.device:
-    """The device of this rank: its GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def squared_norms(gradients: Sequence[Tensor], topology: Topology) -> Tensor:
+    """The squared norm over all ranks of each gradient, of which a rank has a range; fp32 [P].
 
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Add up a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """The squared norm over all ranks of each gradient, of which a rank has a range; fp32 [P]."""
-    return sum_over_ranks(torch.stack(torch._foreach_norm(list(gradients))).square())
+    Each replica adds its own, alike up to rounding. All are added up, and not those of one: on their own, the weights
+    of replicas would drift apart.
+    """
+    return topology.sum(torch.stack(torch._foreach_norm(list(gradients))).square()) / topology.replicate.size
 
 
 def mean_loss(losses: Losses) -> Tensor:

@@ -14,13 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard as ShardPlacement
 
 from megadit import models, optimizers
+from megadit.distributed import Topology
 from megadit.engines.base import (
     LossClosure,
     Shard,
@@ -29,7 +28,6 @@ from megadit.engines.base import (
     load_initial_weights,
     materialise,
     mean_loss,
-    process_device,
     squared_norms,
 )
 from megadit.engines.blocks import prepare_blocks
@@ -44,18 +42,18 @@ from megadit.recipe.schema import Engine as EngineSettings
 class TorchEngine:
     """A model under `fully_shard` per block (engine.kind fsdp) or as it is (engine.kind single)."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.device = process_device()
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        self.topology = topology
+        self.device = topology.device
         self._bf16 = recipe.training.precision == "bf16"
         self._sharded = recipe.engine.kind == "fsdp"
-        self._num_replicas = recipe.engine.num_replicas
         self._max_grad_norm = recipe.optimizer.max_grad_norm
         specs = build_table(recipe)
         with torch.device("meta"):
             self.model = models.build(recipe.model)
         prepare_blocks(self.model, recipe.engine)
         if self._sharded:
-            _shard(self.model, self._bf16, recipe.engine)
+            _shard(self.model, self._bf16, recipe.engine, topology)
         offloaded = recipe.engine.cpu_offload == "all"
         materialise(self.model, torch.device("cpu") if offloaded else self.device, self.device)
         set_multipliers(self.model, specs)
@@ -79,7 +77,7 @@ class TorchEngine:
             (mean_loss(losses) / len(micro_batches)).backward()
             parts.append(losses.detach())
         gradients = self._hand_over_gradients()
-        squares_P = self._squared_norms(gradients)
+        squares_P = squared_norms(gradients, self.topology)
         norm = math.sqrt(squares_P.sum().item())
         finite = math.isfinite(norm)
         if finite:
@@ -124,14 +122,6 @@ class TorchEngine:
             gradients.append(gradient.reshape(-1))
         return gradients
 
-    def _squared_norms(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The squared norm of each gradient over all ranks.
-
-        Under HSDP, too, all ranks are added up, not those of one replica: each replica would round on its own, and
-        their weights would drift apart.
-        """
-        return squared_norms(gradients) / self._num_replicas
-
     def _update(self, gradients: list[Tensor], norm: float, lr_factor: float) -> None:
         """Clip the gradients to the allowed norm and run the optimizer."""
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
@@ -141,12 +131,12 @@ class TorchEngine:
         self._optimizer.step()
 
 
-def _shard(model: nn.Module, bf16: bool, settings: EngineSettings) -> None:
+def _shard(model: nn.Module, bf16: bool, settings: EngineSettings, topology: Topology) -> None:
     """Shard every block, then what is left. Reduction is in fp32; inputs (timesteps!) are not cast."""
     offloaded = settings.cpu_offload == "all"
     shard = partial(
         fully_shard,
-        mesh=_mesh(settings.num_replicas),
+        mesh=topology.mesh(),
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32 if bf16 else None,
@@ -157,17 +147,6 @@ def _shard(model: nn.Module, bf16: bool, settings: EngineSettings) -> None:
     for block in model.blocks:  # type: ignore[union-attr]
         shard(block, reshard_after_forward=settings.reshard_after_forward)
     shard(model)
-
-
-def _mesh(num_replicas: int) -> DeviceMesh:
-    """All ranks in a row, or in `num_replicas` rows that each hold the whole model."""
-    device, num_ranks = process_device().type, dist.get_world_size()
-    if num_replicas == 1:
-        return dist.init_device_mesh(device, (num_ranks,))
-    if num_ranks % num_replicas:
-        raise ValueError(f"engine.num_replicas {num_replicas} does not divide the {num_ranks} ranks")
-    shape = (num_replicas, num_ranks // num_replicas)
-    return dist.init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megadit import models, optimizers
+from megadit.distributed import Topology
 from megadit.engines.base import (
     LossClosure,
     Shard,
@@ -29,7 +31,6 @@ from megadit.engines.base import (
     load_initial_weights,
     materialise,
     mean_loss,
-    process_device,
     set_buffers,
     squared_norms,
 )
@@ -49,12 +50,13 @@ MAX_REDUCED = 500_000_000  # parameters whose gradients are collected before the
 class ZeroEngine:
     """A model whose moments (stage 1), gradients (2) and weights (3) are partitioned over all ranks."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.device = process_device()
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        self.topology = topology
+        self.device = topology.device
         _connect(self.device)
         specs = build_table(recipe)
         self._stage = int(recipe.engine.kind.removeprefix("zero"))
-        config = _config(recipe, self._stage, dist.get_world_size(), max(num_parameters_of_blocks(specs).values()))
+        config = _config(recipe, self._stage, topology.size, max(num_parameters_of_blocks(specs).values()))
         self.model = self._build(recipe, config)
         set_multipliers(self.model, specs)
         self._parameters = dict(self.model.named_parameters())
@@ -64,7 +66,7 @@ class ZeroEngine:
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
-        find = _place_in_stage_3 if self._stage == 3 else _place_in_stage_1_or_2
+        find = partial(_place_in_stage_3, rank=topology.rank) if self._stage == 3 else _place_in_stage_1_or_2
         self._places = {name: find(p, self._optimizer) for name, p in self._parameters.items()}
         self.shards: Mapping[str, Shard] = {
             name: Shard(place.shape, place.offset, place.of(place.flat.detach()))
@@ -101,7 +103,7 @@ class ZeroEngine:
             self._engine.backward(mean_loss(losses))
             parts.append(losses.detach())
             if len(parts) == len(micro_batches):
-                squares_P = squared_norms([self._gradient(name) for name in self._parameters])
+                squares_P = squared_norms([self._gradient(name) for name in self._parameters], self.topology)
             self._engine.step()  # updates the weights at the last micro-batch, unless the norm is not finite
         norm = float(self._engine.get_global_grad_norm())  # inf, too, where it was NaN
         return StepResult(Losses.cat(parts), norm, squares_P.sqrt(), skipped=not math.isfinite(norm))
@@ -202,11 +204,11 @@ class _Place:
         return flat[self.start : self.start + self.num_elements]
 
 
-def _place_in_stage_3(parameter: nn.Parameter, optimizer: Any) -> _Place:
+def _place_in_stage_3(parameter: nn.Parameter, optimizer: Any, rank: int) -> _Place:
     """ZeRO-3 cuts every parameter into equal partitions, the last ones padded."""
     group, start, partition_size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     total = math.prod(parameter.ds_shape)  # type: ignore[attr-defined]
-    offset = min(partition_size * dist.get_rank(), total)
+    offset = min(partition_size * rank, total)
     flat = optimizer.fp32_partitioned_groups_flat[group]
     return _Place(parameter.ds_shape, offset, flat, start, min(partition_size, total - offset))  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit import engines, recipe as recipes, timing
+from megadit.distributed import ALONE
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.checkpoint import Saver
@@ -31,7 +32,7 @@ DATA = "rank-0.bin"  # all but the header and the index
 
 def measure(recipe: Recipe, folder: Path, num_rounds: int) -> str:
     """The table that the command prints."""
-    engine = engines.build(recipe)
+    engine = engines.build(recipe, ALONE)
     averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
     rows: dict[str, list[float]] = {}
 

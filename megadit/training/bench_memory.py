@@ -20,11 +20,11 @@ from multiprocessing.connection import Connection
 import torch
 
 from megadit import engines, objectives, recipe as recipes, timing
+from megadit.distributed import Topology, process_group
 from megadit.planning.memory import predict
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
 from megadit.training.memory import peak_bytes, reset_peak
-from megadit.training.ranks import process_group
 from megadit.training.synthetic import synthetic_batch
 
 DEFAULTS = (  # 36 million parameters with the quickstart: states outweigh what does not shrink with the ranks
@@ -96,12 +96,12 @@ def measure(recipe: Recipe) -> list[int]:
 
 
 def _rank(recipe: Recipe, answer: Connection) -> None:
-    with process_group(needed=True):
-        _train(_small(recipe))
+    with process_group(needed=True, num_replicas=recipe.engine.num_replicas) as topology:
+        _train(_small(recipe), topology)
         gc.collect()
         reset_peak(CPU)
         before = peak_bytes(CPU)
-        _train(recipe)
+        _train(recipe, topology)
         answer.send(peak_bytes(CPU) - before)
         answer.close()
     os._exit(0)  # gloo's threads abort the interpreter's ordinary shutdown now and then
@@ -115,8 +115,8 @@ def _small(recipe: Recipe) -> Recipe:
     return recipes.parse(tree, "small")
 
 
-def _train(recipe: Recipe) -> None:
-    engine = engines.build(recipe)
+def _train(recipe: Recipe, topology: Topology) -> None:
+    engine = engines.build(recipe, topology)
     averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
     objective = objectives.build(recipe.objective, recipe.model, CPU)
     size = recipe.training.micro_batch_size or recipe.training.batch_size // recipe.engine.num_ranks

@@ -8,24 +8,21 @@ import argparse
 import sys
 from functools import partial
 
-import torch
-import torch.distributed as dist
-
 from megadit import engines, objectives, timing
-from megadit.engines.base import process_device
+from megadit.distributed import Topology, process_group
 from megadit.recipe import Recipe, load, parse
 from megadit.training.synthetic import synthetic_batch
 
 TEXT_TOKENS = 16
 
 
-def compare(recipe: Recipe, batch_size: int, num_pairs: int) -> str:
+def compare(recipe: Recipe, batch_size: int, num_pairs: int, topology: Topology) -> str:
     """The lines that the command prints. Needs a process group of one."""
-    device = process_device()
+    device = topology.device
     objective = objectives.build(recipe.objective, recipe.model, device)
     batch = synthetic_batch(recipe, batch_size, TEXT_TOKENS, device)
     loss = partial(objective.losses, batch=batch, timestep_B=objective.timesteps(batch.timestep_uniform))
-    plain, sharded = (engines.build(_on_one_rank(recipe, kind)) for kind in ("single", "fsdp"))
+    plain, sharded = (engines.build(_on_one_rank(recipe, kind), topology) for kind in ("single", "fsdp"))
     pairs = timing.time_pairs(lambda: plain.train_step([loss], 1.0), lambda: sharded.train_step([loss], 1.0), num_pairs)
     return "\n".join(
         [
@@ -55,11 +52,8 @@ def main() -> int:
 
     def table() -> str:
         recipe = load(args.recipe)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        lines = compare(recipe, args.batch or recipe.training.batch_size, args.pairs)
-        dist.destroy_process_group()
-        return lines
+        with process_group(needed=True) as topology:
+            return compare(recipe, args.batch or recipe.training.batch_size, args.pairs, topology)
 
     return timing.print_table(table)
 

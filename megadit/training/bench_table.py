@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from megadit.engines.base import process_device
+from megadit.distributed import ALONE
 from megadit.planning.ceilings import device_name
 from megadit.recipe import Recipe
 from megadit.training.synthetic import Measured, Setting
@@ -49,7 +49,7 @@ def format_table(recipe: Recipe, measured: Sequence[Measured], world_size: int) 
     title = (
         f"{recipe.name}: {recipe.model.family} of width {recipe.model.width} and depth {recipe.model.depth}, "
         f"{recipe.training.precision}, engine {recipe.engine.kind} on {world_size} rank(s) of "
-        f"{device_name(process_device())}, blocks {'' if recipe.engine.compile else 'not '}compiled, torch "
+        f"{device_name(ALONE.device)}, blocks {'' if recipe.engine.compile else 'not '}compiled, torch "
         f"{torch.__version__}; synthetic data"
     )
     return "\n".join([title, *lines])

@@ -6,6 +6,7 @@ and noise and latents are drawn by the keys of the sample, in the order in which
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from megadit.batch import Batch, concatenate, pad_text
 from megadit.data.encoders.autoencoder import Autoencoder
 from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.distributed import Topology
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Encoders, Recipe
 from megadit.training.sharded_encoder import load_sharded
@@ -33,17 +35,17 @@ class OnlineEncoders:
     all ranks, which then must encode equally often. Raises TextEncoderError and AutoencoderError.
     """
 
-    def __init__(self, encoders: Encoders, recipe: Recipe, device: torch.device) -> None:
-        self._seed, self._device = recipe.seed, device
+    def __init__(self, encoders: Encoders, recipe: Recipe, topology: Topology) -> None:
+        self._seed, self._device = recipe.seed, topology.device
         self._num_strata = recipe.validation.num_timesteps if recipe.validation else 0
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self.text: TextEncoder | None = None
         self.autoencoder: Autoencoder | None = None
         if encoders.text is not None:
-            load = load_sharded if encoders.sharded else TextEncoder.load
-            self.text = load(encoders.text, encoders.max_tokens, device, dtype)
+            load = partial(load_sharded, topology) if encoders.sharded else TextEncoder.load
+            self.text = load(encoders.text, encoders.max_tokens, self._device, dtype)
         if encoders.vae is not None:
-            self.autoencoder = Autoencoder.load(encoders.vae, device, dtype)
+            self.autoencoder = Autoencoder.load(encoders.vae, self._device, dtype)
 
     def encode_training(self, batch: Batch, size: int) -> Batch:
         """The batch on the device, with text features and latents, encoded `size` samples at a time."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megadit import kernels
-from megadit.engines.base import StepResult, process_device, sum_over_ranks
+from megadit.distributed import Topology
+from megadit.engines.base import StepResult
 from megadit.kernels import attention
 from megadit.models import family_of, num_flops
 from megadit.parametrization.spec import ParamSpec
@@ -18,28 +19,27 @@ from megadit.parametrization.table import build_table
 from megadit.planning.ceilings import device_name, peak_flops
 from megadit.recipe import Recipe
 from megadit.training.metrics import Metrics
-from megadit.training.ranks import rank
 from megadit.training.skipped import SkippedSteps
 from megadit.training.telemetry import PHASES, Costs, Telemetry
 from megadit.training.validation import ValidationLoss
 
 
-def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ranks: int) -> str:
+def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, topology: Topology) -> str:
     """What is about to run, in a few lines."""
     num_parameters = Counter[str]()
     for spec in specs:
         num_parameters[spec.role] += torch.Size(spec.shape).numel()
     roles = ", ".join(f"{role} {count:,}" for role, count in num_parameters.most_common())
     epochs = recipe.training.num_images / num_samples
-    ours = kernels.in_use(family_of(recipe.model).kernels, process_device().type, recipe.engine.compile)
+    ours = kernels.in_use(family_of(recipe.model).kernels, topology.device.type, recipe.engine.compile)
     return "\n".join(
         [
             f"{recipe.name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "
             f"{sum(num_parameters.values()):,} parameters ({roles}); a forward pass takes "
             f"{num_flops(recipe.model, 0) / 1e9:.3g} GFLOP per image and "
             f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
-            f"engine {_describe_engine(recipe, num_ranks)}",
-            f"{_describe_device(recipe)}, {recipe.training.precision} matrix products, "
+            f"engine {_describe_engine(recipe, topology)}",
+            f"{_describe_device(recipe, topology)}, {recipe.training.precision} matrix products, "
             f"attention: {attention.describe()}, kernels of ours: {', '.join(ours) or 'none'}",
             f"data {recipe.data.url}: {num_samples:,} samples; {recipe.training.num_images:,} images to train "
             f"({epochs:.1f} epochs) in {recipe.num_steps:,} steps of {recipe.training.batch_size}",
@@ -47,12 +47,12 @@ def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, num_ran
     )
 
 
-def _describe_engine(recipe: Recipe, num_ranks: int) -> str:
+def _describe_engine(recipe: Recipe, topology: Topology) -> str:
     settings = recipe.engine
-    mesh = f"{num_ranks} rank(s)"
-    if settings.num_replicas > 1:
-        mesh += f" as {settings.num_replicas} replicas x {num_ranks // settings.num_replicas} shards"
-    samples = recipe.training.batch_size // num_ranks
+    mesh = f"{topology.size} rank(s)"
+    if topology.replicate.size > 1:
+        mesh += f" as {topology.replicate.size} replicas x {topology.shard.size} shards"
+    samples = recipe.training.batch_size // topology.size
     micro = recipe.training.micro_batch_size or samples
     parts = [
         f"{settings.kind} on {mesh}",
@@ -64,8 +64,8 @@ def _describe_engine(recipe: Recipe, num_ranks: int) -> str:
     return ", ".join(parts)
 
 
-def _describe_device(recipe: Recipe) -> str:
-    name = device_name(process_device())
+def _describe_device(recipe: Recipe, topology: Topology) -> str:
+    name = device_name(topology.device)
     peak = peak_flops(name, recipe.training.precision)
     return f"{name} ({f'{peak / 1e12:g} TFLOP/s at most' if peak else 'peak unknown: MFU n/a'})"
 
@@ -73,12 +73,13 @@ def _describe_device(recipe: Recipe) -> str:
 class Reporter:
     """Collects what every rank saw; rank 0 writes it down. All methods are called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, run: Path, images_seen: int, telemetry: Telemetry) -> None:
+    def __init__(self, recipe: Recipe, run: Path, images_seen: int, telemetry: Telemetry, topology: Topology) -> None:
         self._recipe = recipe
         self._telemetry = telemetry
+        self._topology = topology
         self._names = recipe.objective.metrics
         self._roles = [spec.role for spec in build_table(recipe)]
-        self._metrics = Metrics(run, images_seen, recipe.training.num_images) if rank() == 0 else None
+        self._metrics = Metrics(run, images_seen, recipe.training.num_images) if topology.is_first else None
         self._log_images = recipe.training.log_every_steps * recipe.training.batch_size
         self._num_replaced = 0  # since this process began, as the skipped steps
         self._start_interval()
@@ -108,7 +109,7 @@ class Reporter:
             self._bins.index_add_(0, bin_B, torch.cat([loss_BM.new_ones(len(loss_BM), 1), loss_BM], dim=1))
         if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
             return
-        sums, costs = sum_over_ranks(self._bins), self._telemetry.take()
+        sums, costs = self._topology.sum(self._bins), self._telemetry.take()
         self._count_replaced(images_seen, costs.num_replaced)
         if self._metrics and sums[:, 0].any():  # else every step was skipped, as has been said
             self._say_progress(images_seen, sums, costs, result, lr_factor, skipped.total)

@@ -18,12 +18,12 @@ import yaml
 from megadit import recipe as recipes
 from megadit.data.format.manifest import Manifest
 from megadit.data.storage import open_store
+from megadit.distributed import Topology
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, run_folder
 from megadit.training.checkpoint import CheckpointError, Saver
 from megadit.training.checkpoint.copies import RECIPE, Copies
 from megadit.training.checkpoint.files import HEADER
-from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 AUTO, NEVER = "auto", "never"
 CHOICES = "auto, never, the folder of a run or of a checkpoint, or the checkpoints.copy_url of a run"
@@ -49,7 +49,7 @@ def check(resume: str, run: Path, recipe: Recipe, manifest: Manifest) -> None:
         _check_other(resume, recipe, manifest)
 
 
-def starting_point(resume: str, saver: Saver, run: Path, recipe: Recipe) -> Path | None:
+def starting_point(resume: str, saver: Saver, run: Path, recipe: Recipe, topology: Topology) -> Path | None:
     """The checkpoint to begin with; None for the first step. Called by all ranks together, after `check`.
 
     Raises CheckpointError when there are checkpoints and none is whole, or when it is of another run.
@@ -60,11 +60,11 @@ def starting_point(resume: str, saver: Saver, run: Path, recipe: Recipe) -> Path
     if own is not None or resume == AUTO:
         return own
     if _is_url(resume):
-        return on_first_rank(lambda: Copies(resume, recipe).fetch_newest(run / "checkpoints"))
+        return topology.on_first(lambda: Copies(resume, recipe).fetch_newest(run / "checkpoints"))
     path = Path(resume)
     if not _is_checkpoint(path):
-        return checkpoint.newest_valid(path / "checkpoints")
-    found = on_every_rank(lambda: checkpoint.find_damage(path, rank(), world_size()))
+        return checkpoint.newest_valid(path / "checkpoints", topology)
+    found = topology.on_every(lambda: checkpoint.find_damage(path, topology.rank, topology.size))
     if damage := next(filter(None, found), None):
         raise CheckpointError(f"--resume {path}: the checkpoint is damaged: {damage}")
     return path

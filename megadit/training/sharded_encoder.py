@@ -19,25 +19,28 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from megadit.data.encoders.text_encoder import TextEncoder, TextEncoderError
+from megadit.distributed import Topology
 from megadit.engines.base import Shard, materialise
 from megadit.engines.fsdp import shard_of
-from megadit.training.ranks import world_size
 
 
-def load_sharded(name_or_path: str, max_tokens: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def load_sharded(
+    topology: Topology, name_or_path: str, max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
     """The encoder that `TextEncoder.load` gives, spread over all ranks, which then must encode equally often.
 
     Raises TextEncoderError.
     """
-    return TextEncoder.load_by(partial(_spread_and_read, device=device), name_or_path, max_tokens, dtype)
+    fill = partial(_spread_and_read, device=device, num_ranks=topology.size)
+    return TextEncoder.load_by(fill, name_or_path, max_tokens, dtype)
 
 
-def _spread_and_read(model: PreTrainedModel, files: Sequence[Path], device: torch.device) -> None:
+def _spread_and_read(model: PreTrainedModel, files: Sequence[Path], device: torch.device, num_ranks: int) -> None:
     """Give this rank its share of `model`, whose parameters are on the meta device, with the values in `files`."""
     names: dict[int, list[str]] = {}  # of each parameter: T5's token embedding has two
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    _shard(model, device)
+    _shard(model, device, num_ranks)
     materialise(model, device, device)
     for first, *others in names.values():  # by now they are parameters of their own
         for name in others:
@@ -46,9 +49,9 @@ def _spread_and_read(model: PreTrainedModel, files: Sequence[Path], device: torc
     _read(model, files)
 
 
-def _shard(model: nn.Module, device: torch.device) -> None:
+def _shard(model: nn.Module, device: torch.device, num_ranks: int) -> None:
     """Spread the weights over all ranks, block by block: those of one block at a time are gathered."""
-    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    mesh = dist.init_device_mesh(device.type, (num_ranks,))
     lists = [found for found in model.modules() if isinstance(found, nn.ModuleList)]
     for block in max(lists, key=_num_parameters):
         fully_shard(block, mesh=mesh)

@@ -6,23 +6,21 @@ the weights themselves are not finite: then the run stops, with a file that says
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megadit.batch import Batch
-from megadit.engines.base import Shard, StepResult
-from megadit.training.ranks import on_every_rank, on_first_rank
+from megadit.engines.base import Engine, StepResult
 
 
 class SkippedSteps:
     """Counts skipped steps, `total` of them and those `in_a_row`. Its methods are called by all ranks together."""
 
-    def __init__(self, run: Path, shards: Mapping[str, Shard], allowed_in_a_row: int) -> None:
+    def __init__(self, run: Path, engine: Engine, allowed_in_a_row: int) -> None:
         self._run = run
-        self._shards = shards
+        self._shards, self._topology = engine.shards, engine.topology
         self._allowed = allowed_in_a_row
         self._streak: list[dict[str, Any]] = []
         self.total = 0
@@ -43,7 +41,7 @@ class SkippedSteps:
         """
         self.total += 1
         samples = zip(batch.epoch.tolist(), batch.sample.tolist(), result.losses.total_B.tolist(), strict=True)
-        per_rank = on_every_rank(lambda: list(samples))
+        per_rank = self._topology.on_every(lambda: list(samples))
         self._streak.append(
             {
                 "step": step,
@@ -67,7 +65,7 @@ class SkippedSteps:
             "steps": self._streak,
         }
         path = self._run / f"not-finite-{step}.json"
-        on_first_rank(lambda: path.write_text(json.dumps(found, indent=1, allow_nan=False)))
+        self._topology.on_first(lambda: path.write_text(json.dumps(found, indent=1, allow_nan=False)))
         reason = f"{len(weights)} weights are not finite" if weights else f"{self.in_a_row} steps in a row were skipped"
         raise ValueError(
             f"step {step} ({images_seen} images seen): the gradient norm is {result.grad_norm}: "
@@ -77,7 +75,7 @@ class SkippedSteps:
     def _not_finite_weights(self) -> list[str]:
         """Names of the weights with values that are not finite on any rank."""
         ours = [name for name, shard in self._shards.items() if not bool(torch.isfinite(shard.values).all())]
-        return sorted({name for names in on_every_rank(lambda: ours) for name in names})
+        return sorted({name for names in self._topology.on_every(lambda: ours) for name in names})
 
 
 def _number(value: float) -> float | str:

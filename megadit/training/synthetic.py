@@ -12,10 +12,9 @@ import torch
 
 from megadit import engines, objectives
 from megadit.batch import Batch
-from megadit.engines.base import process_device
+from megadit.distributed import Topology, process_group
 from megadit.recipe import Recipe, parse
 from megadit.training.memory import reset_peak
-from megadit.training.ranks import process_group, world_size
 from megadit.training.telemetry import Costs, Telemetry
 
 WARMUP_STEPS = 2  # of each setting: memory is taken, kernels are chosen and blocks compiled
@@ -45,8 +44,11 @@ def bench(recipe: Recipe, settings: Sequence[Setting], num_steps: int, text_toke
     `text_tokens` is the length of the captions, by default the most that the model takes. Raises ValueError for a
     setting that the recipe refuses.
     """
-    with process_group(needed=recipe.engine.kind != "single"):
-        return [Measured(setting, _measure(_changed(recipe, setting), num_steps, text_tokens)) for setting in settings]
+    with process_group(recipe.engine.kind != "single", num_replicas=recipe.engine.num_replicas) as topology:
+        return [
+            Measured(setting, _measure(_changed(recipe, setting, topology.size), topology, num_steps, text_tokens))
+            for setting in settings
+        ]
 
 
 def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: torch.device) -> Batch:
@@ -73,36 +75,36 @@ def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: 
     return batch.to(device)
 
 
-def _changed(recipe: Recipe, setting: Setting) -> Recipe:
+def _changed(recipe: Recipe, setting: Setting, num_ranks: int) -> Recipe:
     """The recipe with a global batch of one micro-batch for each rank."""
     tree = recipe.model_dump(mode="json")
-    batch_size = setting.micro_batch_size * world_size()
-    tree["data"]["num_streams"] = world_size()
+    batch_size = setting.micro_batch_size * num_ranks
+    tree["data"]["num_streams"] = num_ranks
     tree["training"] |= {
         "batch_size": batch_size,
         "micro_batch_size": setting.micro_batch_size,
         "num_images": batch_size,
     }
-    tree["engine"] |= {"activation_checkpointing": setting.activation_checkpointing, "num_ranks": world_size()}
+    tree["engine"] |= {"activation_checkpointing": setting.activation_checkpointing, "num_ranks": num_ranks}
     return parse(tree, f"micro-batch {setting.micro_batch_size}")
 
 
-def _measure(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs | None:
-    with _fresh_memory():
+def _measure(recipe: Recipe, topology: Topology, num_steps: int, text_tokens: int | None) -> Costs | None:
+    with _fresh_memory(topology.device):
         try:
-            return _train(recipe, num_steps, text_tokens)
+            return _train(recipe, topology, num_steps, text_tokens)
         except torch.OutOfMemoryError:
-            if world_size() > 1:  # the others wait for this rank
+            if topology.size > 1:  # the others wait for this rank
                 raise
             return None
 
 
-def _train(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs:
-    engine = engines.build(recipe)
+def _train(recipe: Recipe, topology: Topology, num_steps: int, text_tokens: int | None) -> Costs:
+    engine = engines.build(recipe, topology)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch = synthetic_batch(recipe, recipe.training.micro_batch_size or 0, text_tokens, engine.device)
     timestep_B = objective.timesteps(batch.timestep_uniform)
-    telemetry = Telemetry(recipe, engine.device, notice=lambda phase: None)
+    telemetry = Telemetry(recipe, topology, notice=lambda phase: None)
     loss = telemetry.timed(partial(objective.losses, batch=batch, timestep_B=timestep_B))
     with telemetry.watching_optimizers():
         for step in range(WARMUP_STEPS + num_steps):
@@ -116,9 +118,8 @@ def _train(recipe: Recipe, num_steps: int, text_tokens: int | None) -> Costs:
 
 
 @contextmanager
-def _fresh_memory() -> Iterator[None]:
+def _fresh_memory(device: torch.device) -> Iterator[None]:
     """Forget what an earlier setting left, so that each has its own peak."""
-    device = process_device()
     reset_peak(device)
     try:
         yield

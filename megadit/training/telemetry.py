@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megadit.batch import Batch
-from megadit.engines.base import LossClosure, sum_over_ranks
+from megadit.distributed import Topology
+from megadit.engines.base import LossClosure
 from megadit.objectives import Losses
 from megadit.planning.ceilings import device_name, peak_flops
 from megadit.planning.flops import training_flops, training_tokens
 from megadit.recipe import Recipe
 from megadit.training.memory import peak_bytes
-from megadit.training.ranks import rank, world_size
 
 # "backward" ends with the reduction of the gradients and of their norm, "optimizer" with the averages.
 Phase = Literal["data", "forward", "backward", "optimizer", "checkpoint", "validation"]
@@ -50,11 +50,11 @@ class Costs:
 class Telemetry:
     """Collects on every rank; `take` is called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, notice: Callable[[Phase], object]) -> None:
+    def __init__(self, recipe: Recipe, topology: Topology, notice: Callable[[Phase], object]) -> None:
         self._model = recipe.model
-        self._device = device
+        self._topology, self._device = topology, topology.device
         self._notice = notice  # is told every phase that begins
-        self._peak_flops = peak_flops(device_name(device), recipe.training.precision)
+        self._peak_flops = peak_flops(device_name(self._device), recipe.training.precision)
         self._marks: list[tuple[Phase, Any]] = []
         self._counts = Counter[str]()
 
@@ -104,15 +104,15 @@ class Telemetry:
         stalls = sum(wait > STALL_SHARE * computing for wait in durations["data"])
         names = ("images", "tokens", "flops", "replaced")
         ours = [*(self._counts[name] for name in names), *seconds.values(), stalls, peak_bytes(self._device)]
-        table = torch.zeros(world_size(), len(ours), dtype=torch.float64)
-        table[rank()] = torch.tensor(ours, dtype=torch.float64)
-        sum_over_ranks(table)
+        table = torch.zeros(self._topology.size, len(ours), dtype=torch.float64)
+        table[self._topology.rank] = torch.tensor(ours, dtype=torch.float64)
+        self._topology.sum(table)
         num_steps, self._counts = self._counts["steps"], Counter()
 
         means = dict(zip(PHASES, table[:, len(names) : -2].mean(0).tolist(), strict=True))
         elapsed = sum(means.values()) - means["validation"]
         images, tokens, flops, replaced = table[:, : len(names)].sum(0).tolist()
-        flops_per_second = flops / elapsed / world_size()
+        flops_per_second = flops / elapsed / self._topology.size
         return Costs(
             num_steps=num_steps,
             images_per_second=images / elapsed,

@@ -12,15 +12,16 @@ from megadit import engines, objectives
 from megadit.batch import Batch
 from megadit.data.format.manifest import Manifest
 from megadit.data.loading.loader import Loader
+from megadit.distributed import Topology, process_group
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
+from megadit.exit_codes import DONE, INTERRUPTED
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, resuming, run_folder
 from megadit.training.data_fits import check_data_fits
 from megadit.training.ema import Averages
 from megadit.training.online import OnlineEncoders, stream_draws_noise
-from megadit.training.ranks import on_every_rank, on_first_rank, process_group, rank, world_size
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
 from megadit.training.skipped import SkippedSteps
@@ -28,7 +29,6 @@ from megadit.training.telemetry import Phase, Telemetry
 from megadit.training.validation import ValidationLoss, validate
 from megadit.training.watchdog import Watchdog
 
-EXIT_DONE, EXIT_INTERRUPTED = 0, 75  # 75 is EX_TEMPFAIL: run it again
 logger = logging.getLogger(__name__)
 
 
@@ -49,36 +49,37 @@ def train(
     """
     # The watchdog names the rank that hangs; the time-out of the collectives, which would not, must come after it.
     timeout_seconds = max(600, 2 * recipe.training.stall_seconds)
-    with process_group(recipe.engine.kind != "single", timeout_seconds), stop_on_signal() as stop:
-        require_one_recipe(recipe)
-        check_world_size(recipe, world_size())
-        if recipe.engine.kind == "single" and world_size() > 1:
-            raise ValueError(f"engine.kind single runs on one rank, not {world_size()}; use another engine.kind")
+    joining = process_group(recipe.engine.kind != "single", timeout_seconds, recipe.engine.num_replicas)
+    with joining as topology, stop_on_signal() as stop:
+        require_one_recipe(recipe, topology)
+        check_world_size(recipe, topology.size)
+        if recipe.engine.kind == "single" and topology.size > 1:
+            raise ValueError(f"engine.kind single runs on one rank, not {topology.size}; use another engine.kind")
         specs = build_table(recipe)
-        manifest = on_first_rank(lambda: Manifest.load(recipe.data.url))
-        check_data_fits(recipe, manifest, _validation_manifest(recipe))
-        encoders = OnlineEncoders(recipe.encoders, recipe, base.process_device()) if recipe.encoders else None
-        on_first_rank(lambda: resuming.check(resume, run, recipe, manifest))
-        on_first_rank(lambda: run_folder.prepare(run, recipe, specs, manifest))
-        if rank() == 0:
-            logger.info(banner(recipe, specs, manifest.num_samples, world_size()))
-        return Trainer(recipe, run, engines.build(recipe), encoders, stop, end).train(resume)
+        manifest = topology.on_first(lambda: Manifest.load(recipe.data.url))
+        check_data_fits(recipe, manifest, _validation_manifest(recipe, topology))
+        encoders = OnlineEncoders(recipe.encoders, recipe, topology) if recipe.encoders else None
+        topology.on_first(lambda: resuming.check(resume, run, recipe, manifest))
+        topology.on_first(lambda: run_folder.prepare(run, recipe, specs, manifest))
+        if topology.is_first:
+            logger.info(banner(recipe, specs, manifest.num_samples, topology))
+        return Trainer(recipe, run, engines.build(recipe, topology), encoders, stop, end).train(resume)
 
 
-def _validation_manifest(recipe: Recipe) -> Manifest | None:
+def _validation_manifest(recipe: Recipe, topology: Topology) -> Manifest | None:
     url = recipe.data.validation_url if recipe.validation else None
-    return None if url is None else on_first_rank(lambda: Manifest.load(url))
+    return None if url is None else topology.on_first(lambda: Manifest.load(url))
 
 
-def require_one_recipe(recipe: Recipe) -> None:
+def require_one_recipe(recipe: Recipe, topology: Topology) -> None:
     """Raise ValueError on every rank unless all have the recipe of the first."""
-    first = on_first_rank(lambda: recipe)
+    first = topology.on_first(lambda: recipe)
 
     def compare() -> None:
         if changed := differences(first, recipe):
-            raise ValueError(f"rank {rank()} was started with another recipe than rank 0 ({changed})")
+            raise ValueError(f"rank {topology.rank} was started with another recipe than rank 0 ({changed})")
 
-    on_every_rank(compare)
+    topology.on_every(compare)
 
 
 class Trainer:
@@ -100,10 +101,11 @@ class Trainer:
         self._stop = stop
         self._objective = objectives.build(recipe.objective, recipe.model, engine.device)
         self._averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
-        self._watchdog = Watchdog(recipe.training.stall_seconds, run / "stalls", end)
+        self._topology = engine.topology
+        self._watchdog = Watchdog(recipe.training.stall_seconds, run / "stalls", end, engine.topology)
         self._saver = checkpoint.Saver(run, recipe, engine, self._averages, self._watchdog)
-        self._skipped = SkippedSteps(run, engine.shards, recipe.training.max_skipped_steps)
-        self._telemetry = Telemetry(recipe, engine.device, self._mark)
+        self._skipped = SkippedSteps(run, engine, recipe.training.max_skipped_steps)
+        self._telemetry = Telemetry(recipe, engine.topology, self._mark)
         self._images_seen = 0
         self._num_updates = 0  # as many as images seen / batch size, but for steps that were skipped
 
@@ -113,7 +115,7 @@ class Trainer:
         # Any forward pass is progress: a validation is one phase and may take long.
         self._engine.model.register_forward_pre_hook(lambda *_: self._watchdog.mark())
         with (
-            Reporter(self._recipe, self._run, self._images_seen, self._telemetry) as reporter,
+            Reporter(self._recipe, self._run, self._images_seen, self._telemetry, self._topology) as reporter,
             self._watchdog,
             self._saver,  # the last checkpoint is written before the run ends, however it ends
             self._telemetry.watching_optimizers(),
@@ -131,20 +133,20 @@ class Trainer:
                     self._save()
                 if stopping and not done:
                     reporter.say(f"stopped at {self._images_seen} images with a checkpoint; run it again to resume")
-                    return EXIT_INTERRUPTED
+                    return INTERRUPTED
                 self._telemetry.begin("data")
-        return EXIT_DONE
+        return DONE
 
     def _mark(self, phase: Phase) -> None:
         self._watchdog.mark(self._images_seen // self._recipe.training.batch_size, phase)
 
     def _resume(self, resume: str) -> None:
-        path = resuming.starting_point(resume, self._saver, self._run, self._recipe)
+        path = resuming.starting_point(resume, self._saver, self._run, self._recipe, self._topology)
         if path is None:
             return
         path, header = checkpoint.load_or_before(path, self._engine, self._averages)
         self._images_seen, self._num_updates = header.images_seen, header.num_steps
-        if rank() == 0:
+        if self._topology.is_first:
             logger.info("resumed from %s", path)
 
     def _batches(self) -> Iterator[Batch]:
@@ -153,8 +155,9 @@ class Trainer:
         first_step = self._images_seen // recipe.training.batch_size
         if first_step < recipe.num_steps:
             batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
-            stream = Loader(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
-            batches = stream.iterate(first_step)
+            data = self._topology.data
+            loader = Loader(recipe.data, recipe.seed, batch_size, data.rank, data.size, with_noise)
+            batches = loader.iterate(first_step)
             for _ in range(first_step, recipe.num_steps):
                 yield next(batches)
 
@@ -192,7 +195,7 @@ class Trainer:
 
     def _agreed_to_stop(self) -> bool:
         """All ranks stop after the same step, whichever of them got the signal."""
-        return bool(base.sum_over_ranks(torch.tensor(int(bool(self._stop)))).item())
+        return bool(self._topology.sum(torch.tensor(int(bool(self._stop)))).item())
 
     def _validate(self, reporter: Reporter) -> None:
         def loss() -> ValidationLoss:

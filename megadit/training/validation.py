@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from megadit.data.loading.loader import validation_batches
-from megadit.engines.base import Engine, sum_over_ranks
+from megadit.distributed import Topology
+from megadit.engines.base import Engine
 from megadit.objectives import Objective
 from megadit.recipe import Recipe
 from megadit.training.online import OnlineEncoders, stream_draws_noise
-from megadit.training.ranks import on_every_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ def validate(
     assert settings is not None and recipe.data.validation_url is not None
     strata, metrics = settings.num_timesteps, recipe.objective.metrics
     sums = torch.zeros(strata, 2 + len(metrics), dtype=torch.float64)  # count, total, metrics
-    moments = _Moments()
+    moments = _Moments(engine.topology)
+    axis = engine.topology.data
     for batch, weight_B in validation_batches(
-        recipe.data, recipe.seed, rank(), world_size(), settings.batch_size, strata, stream_draws_noise(recipe)
+        recipe.data, recipe.seed, axis.rank, axis.size, settings.batch_size, strata, stream_draws_noise(recipe)
     ):
         fraction_B = batch.timestep_uniform
         on_device = batch.to(engine.device) if encoders is None else encoders.encode_validation(batch)
@@ -54,7 +55,7 @@ def validate(
         weight_B1 = weight_B.double()[:, None]
         sums.index_add_(0, (fraction_B * strata).long(), torch.cat([weight_B1, loss_BM * weight_B1], dim=1))
         moments.add(objective.targets(on_device).cpu().double(), weight_B.double())
-    sum_over_ranks(sums)
+    engine.topology.sum(sums)
     count, *means = sums.sum(0).tolist()
     total, loss, *others = (value / count for value in means)
     return ValidationLoss(
@@ -70,7 +71,8 @@ def validate(
 class _Moments:
     """Of the targets: per element of an image, for each resolution."""
 
-    def __init__(self) -> None:
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
         self._count: defaultdict[torch.Size, float] = defaultdict(float)
         self._sums: dict[torch.Size, Tensor] = {}  # [2, C, H, W]: of values and of squares
 
@@ -83,9 +85,9 @@ class _Moments:
     def variance(self) -> float:
         """The mean over all samples of all ranks; all ranks call this together."""
         total, weighted = 0.0, 0.0
-        for shape in sorted(set().union(*on_every_rank(lambda: set(self._sums)))):
-            sums = sum_over_ranks(self._sums.get(shape, torch.zeros(2, *shape, dtype=torch.float64)))
-            count = sum_over_ranks(torch.tensor(float(self._count[shape]), dtype=torch.float64)).item()
+        for shape in sorted(set().union(*self._topology.on_every(lambda: set(self._sums)))):
+            sums = self._topology.sum(self._sums.get(shape, torch.zeros(2, *shape, dtype=torch.float64)))
+            count = self._topology.sum(torch.tensor(float(self._count[shape]), dtype=torch.float64)).item()
             mean, mean_square = sums / count
             weighted += count * (mean_square - mean.square()).mean().item()
             total += count

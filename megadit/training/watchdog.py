@@ -18,7 +18,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megadit.training.ranks import rank, world_size
+from megadit.distributed import Topology
 
 logger = logging.getLogger(__name__)
 STORE_SECONDS = 5.0  # the store is memory of one process: later it does not answer at all
@@ -46,10 +46,11 @@ class Watchdog:
     Time in which the whole process was frozen (a debugger, a suspended job) does not count.
     """
 
-    def __init__(self, limit: float, folder: Path, end: Callable[[Exception], object]) -> None:
+    def __init__(self, limit: float, folder: Path, end: Callable[[Exception], object], topology: Topology) -> None:
         self._limit = limit
         self._folder = folder
         self._end = end
+        self._topology = topology
         self._interval = min(limit / 10, 5.0)
         self._silence = 0.0
         self._beat = Beat(0, 0, "start", 0, 0)
@@ -102,13 +103,13 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Tell the others; ask them when this rank hears nothing from itself."""
-        if world_size() == 1:
+        if self._topology.size == 1:
             return
         try:
             store = _own_connection()
             for number in range(1, 2**62):
                 beat = self._beat
-                store.set(f"{rank()}", json.dumps([beat.marks, beat.step, beat.phase, beat.signs, number]))
+                store.set(f"{self._topology.rank}", json.dumps([beat.marks, beat.step, beat.phase, beat.signs, number]))
                 if self._silence >= self._limit / 4:
                     self._ask(store)
                 if self._stopped.wait(self._interval):
@@ -117,8 +118,8 @@ class Watchdog:
             logger.debug("the ranks' store does not answer: %s", error)
 
     def _ask(self, store: dist.Store) -> None:
-        for other in range(world_size()):
-            if other != rank() and store.check([f"{other}"]):
+        for other in range(self._topology.size):
+            if other != self._topology.rank and store.check([f"{other}"]):
                 beat = Beat(*json.loads(store.get(f"{other}")))
                 last, _ = self._others.get(other, (None, 0.0))
                 if last is None or last.number != beat.number:
@@ -128,18 +129,19 @@ class Watchdog:
 
     def _verdict(self) -> str:
         """Which rank is to blame: one that sends no more, else the one with the fewest marks."""
+        rank = self._topology.rank
         limit = f"{self._limit:g} s (training.stall_seconds)"
         where = f"Python stacks are in {self._folder}"
         now = time.monotonic()
         for other, (beat, seen) in sorted(self._others.items()):
             if now - seen > self._limit / 4:
                 return f"rank {other} gives no sign of life, last {beat.describe()}; waited {limit}; {where}"
-        if missing := [other for other in range(world_size()) if other != rank() and other not in self._others]:
+        if missing := [other for other in range(self._topology.size) if other not in {rank, *self._others}]:
             return (
-                f"rank {rank()} has waited for {limit} {self._beat.describe()}, and rank {missing[0]} does not answer; "
+                f"rank {rank} has waited for {limit} {self._beat.describe()}, and rank {missing[0]} does not answer; "
                 f"{where}"
             )
-        beats = {rank(): self._beat} | {other: beat for other, (beat, _) in self._others.items()}
+        beats = {rank: self._beat} | {other: beat for other, (beat, _) in self._others.items()}
         fewest = min(beat.marks for beat in beats.values())
         behind = [number for number, beat in sorted(beats.items()) if beat.marks == fewest]
         who = f"rank {behind[0]} hangs" if len(behind) < len(beats) or len(beats) == 1 else "all ranks hang"
@@ -147,11 +149,15 @@ class Watchdog:
 
     def _write_stacks(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"stack-rank-{rank()}.txt"
+        path = self._folder / f"stack-rank-{self._topology.rank}.txt"
         with path.open("w") as file:
             faulthandler.dump_traceback(file)
         logger.warning(
-            "rank %d: nothing has moved for %.0f s %s; stacks: %s", rank(), self._silence, self._beat.describe(), path
+            "rank %d: nothing has moved for %.0f s %s; stacks: %s",
+            self._topology.rank,
+            self._silence,
+            self._beat.describe(),
+            path,
         )
 
 

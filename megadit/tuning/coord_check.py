@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from megadit import engines, objectives
 from megadit.data.format.manifest import Manifest
 from megadit.data.loading.loader import Loader
-from megadit.engines.base import sum_over_ranks
+from megadit.distributed import Topology, process_group
 from megadit.recipe import Recipe, parse
 from megadit.training.data_fits import check_data_fits
 from megadit.training.online import OnlineEncoders, stream_draws_noise
-from megadit.training.ranks import process_group, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +83,12 @@ def coord_check(recipe: Recipe, widths: Sequence[int], num_steps: int, num_seeds
     if len(set(widths)) < 2:
         raise ValueError(f"a coordinate check needs at least two widths, not {sorted(set(widths))}")
     recipes = [[_changed(recipe, width, recipe.seed + seed) for seed in range(num_seeds)] for width in widths]
-    with process_group(needed=recipe.engine.kind != "single"):
+    with process_group(recipe.engine.kind != "single", num_replicas=recipe.engine.num_replicas) as topology:
         check_data_fits(recipe, Manifest.load(recipe.data.url))
         found = []
         for width, row in zip(widths, recipes, strict=True):
-            found.append([_train(changed, num_steps) for changed in row])
-            if rank() == 0:
+            found.append([_train(changed, num_steps, topology) for changed in row])
+            if topology.is_first:
                 logger.info("width %d: %d seeds, %d steps", width, num_seeds, num_steps)
     layers = tuple(found[0][0][0])
     sizes = [[[list(step.values()) for step in steps] for steps in row] for row in found]
@@ -102,23 +101,23 @@ def _changed(recipe: Recipe, width: int, seed: int) -> Recipe:
     return parse(tree, f"width {width}")
 
 
-def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
+def _train(recipe: Recipe, num_steps: int, topology: Topology) -> list[dict[str, float]]:
     """Mean |activation| by layer, for each step."""
-    engine = engines.build(recipe)
+    engine = engines.build(recipe, topology)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
-    stream = Loader(recipe.data, recipe.seed, batch_size, rank(), world_size(), with_noise)
-    batches = stream.iterate(0)
+    loader = Loader(recipe.data, recipe.seed, batch_size, topology.data.rank, topology.data.size, with_noise)
+    batches = loader.iterate(0)
     batch = next(batches)
     batches.close()
     size = recipe.training.micro_batch_size or len(batch)
-    encoders = OnlineEncoders(recipe.encoders, recipe, engine.device) if recipe.encoders else None
+    encoders = OnlineEncoders(recipe.encoders, recipe, topology) if recipe.encoders else None
     batch = encoders.encode_training(batch, size) if encoders else batch.to(engine.device)
     timestep_B = objective.timesteps(batch.timestep_uniform)
     parts = list(zip(batch.split(size), timestep_B.split(size), strict=True))
     steps = []
     for _ in range(num_steps):
-        with _Recorder(engine.model) as recorder:
+        with _Recorder(engine.model, topology) as recorder:
             result = engine.train_step(
                 [partial(objective.losses, batch=part, timestep_B=part_B) for part, part_B in parts], 1.0
             )
@@ -131,7 +130,8 @@ def _train(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
 class _Recorder(AbstractContextManager["_Recorder"]):
     """Collects the mean |output| of every module without children, over micro-batches and ranks."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, topology: Topology) -> None:
+        self._topology = topology
         self._modules = {name: module for name, module in model.named_modules() if not list(module.children())}
         self._sums: dict[str, Tensor] = {}
         self._handles = ExitStack()
@@ -146,7 +146,7 @@ class _Recorder(AbstractContextManager["_Recorder"]):
 
     def means(self) -> dict[str, float]:
         names = list(self._sums)
-        sums = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
+        sums = self._topology.sum(torch.stack([self._sums[name] for name in names]))
         return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadit.launcher.environment import detect, export
-from megadit.launcher.failures import DONE, FAILED
-from megadit.launcher.local import launch
-from megadit.launcher.processes import follow_parent
+from megadit.exit_codes import DONE, FAILED
+from megadit.launcher.environment import Ranks
+from megadit.launcher.join import launch_or_join
 from megadit.recipe import load
 
 logger = logging.getLogger(__name__)
@@ -20,20 +19,18 @@ def coord_check(
 
     Returns 0 where every |slope| is at most `band`, else 1. Raises ValueError for widths that cannot be used.
     """
-    follow_parent()
     recipe = load(source, overrides)
-    out = out or Path("runs") / f"{recipe.name}-coord"
-    ranks = detect()
-    if not ranks.launched and recipe.engine.num_ranks > 1:
-        settings = {"widths": widths, "steps": num_steps, "seeds": num_seeds, "band": band, "out": out}
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        return launch(recipe.engine.num_ranks, ["-m", "megadit", "coord-check", source, *overrides, *options])
-    if ranks.launched:
-        export(ranks)
-    from megadit.tuning import coord_check as checks, coord_report
+    folder = out or Path("runs") / f"{recipe.name}-coord"
 
-    check = checks.coord_check(recipe, checks.parse_widths(widths), num_steps, num_seeds)
-    if ranks.launched and ranks.rank != 0:
-        return DONE
-    logger.info(coord_report.write(check, band, recipe, out))
-    return DONE if check.passes(band) else FAILED
+    def check_and_judge(ranks: Ranks) -> int:
+        from megadit.tuning import coord_check as checks, coord_report
+
+        check = checks.coord_check(recipe, checks.parse_widths(widths), num_steps, num_seeds)
+        if ranks.rank != 0:
+            return DONE
+        logger.info(coord_report.write(check, band, recipe, folder))
+        return DONE if check.passes(band) else FAILED
+
+    settings = {"widths": widths, "steps": num_steps, "seeds": num_seeds, "band": band, "out": folder}
+    command = ["coord-check", source, *overrides, *(f"--{name}={value}" for name, value in settings.items())]
+    return launch_or_join(recipe.engine.num_ranks, check_and_judge, command)

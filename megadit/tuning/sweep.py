@@ -15,8 +15,8 @@ import torch
 
 from megadit import models, recipe as recipes
 from megadit.data.format.manifest import Manifest
+from megadit.exit_codes import DONE, INTERRUPTED
 from megadit.launcher.environment import detect
-from megadit.launcher.failures import DONE, INTERRUPTED
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 from megadit.training import run_folder

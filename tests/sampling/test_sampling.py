@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megadit.data.format.manifest import Manifest
+from megadit.exit_codes import DONE
 from megadit.randomness import Purpose, generator, named_generator
 from megadit.recipe import Recipe, parse
 from megadit.sampling.generate import class_numbers, encode_prompts, generate, load_conditioner, load_encoder, sample
 from megadit.sampling.grid import CELL, MARGIN, draw_grid
 from megadit.sampling.guidance import guide
-from megadit.training.trainer import EXIT_DONE, train
+from megadit.training.trainer import train
 
 SHAPE = (3, 4, 4)
 TEXT = {"text": torch.ones(2, 3, 5), "text_lengths": torch.tensor([3, 2]), "pooled": torch.full((2, 6), 0.5)}
@@ -227,7 +228,7 @@ def test_a_run_with_a_learned_variance_is_sampled(
     pack_animals(str(tmp_path), label="subgroup")
     sizes = {"input_size": 16, "patch_size": 4}
     tree = recipe("ddpm", model | sizes).model_dump() | {"data": {"url": str(tmp_path / "train")}}
-    assert train(parse(tree), tmp_path / "run") == EXIT_DONE
+    assert train(parse(tree), tmp_path / "run") == DONE
     pictures = []
     for number, asked in enumerate((prompts, prompts[:2])):
         grid = sample(tmp_path / "run", asked, tmp_path / f"{number}.png", num_steps=4)

@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from megadit import engines
+from megadit.distributed import ALONE
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
@@ -31,7 +32,7 @@ NAMES = ["images-0000000016", "images-0000000032", "images-0000000048"]
 
 @pytest.fixture(scope="module")
 def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
-    return engines.build(tiny_recipe())
+    return engines.build(tiny_recipe(), ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_any_range_of_any_split_is_read_back(
 
 
 def test_everything_that_was_saved_is_loaded(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:
-    other = engines.build(tiny_recipe())
+    other = engines.build(tiny_recipe(), ALONE)
     averages = Averages(other.shards, [0.9])
     header = checkpoint.load(three / NAMES[1], other, averages)
     assert (header.images_seen, header.num_steps) == (32, 2)
@@ -192,7 +193,7 @@ def test_loading_finds_damage_and_takes_the_one_before(
 ) -> None:
     """In one reading; nothing of the damaged one is left in the state."""
     reason = damage(folder / NAMES[2])
-    other = engines.build(tiny_recipe())
+    other = engines.build(tiny_recipe(), ALONE)
     averages = Averages(other.shards, [0.9])
     with pytest.raises(DamageError, match=re.escape(reason)):
         checkpoint.load(folder / NAMES[2], other, averages)
@@ -304,7 +305,7 @@ def test_no_space_for_a_checkpoint(
 
 
 def test_a_checkpoint_of_another_width_is_refused(three: Path, tiny_recipe: Callable[..., Recipe]) -> None:
-    wider = engines.build(tiny_recipe("model.width=96"))
+    wider = engines.build(tiny_recipe("model.width=96"), ALONE)
     before = {name: shard.values.clone() for name, shard in wider.shards.items()}
     with pytest.raises(
         CheckpointError, match=r"another model: \d+ parameters differ: .*\[\d*64.* there, \[\d*96.* here"

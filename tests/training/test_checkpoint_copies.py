@@ -9,6 +9,7 @@ import torch
 
 from megadit import engines
 from megadit.data.storage import StorageError, open_store
+from megadit.distributed import ALONE
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, trainer
@@ -20,7 +21,7 @@ NAMES = ["images-0000000016", "images-0000000032"]
 
 @pytest.fixture(scope="module")
 def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
-    return engines.build(tiny_recipe())
+    return engines.build(tiny_recipe(), ALONE)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megadit import engines
+from megadit.distributed import ALONE
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe, RecipeError
 from megadit.training import checkpoint
@@ -21,7 +22,7 @@ NAMES = ["images-0000000016", "images-0000000032"]
 
 @pytest.fixture(scope="module")
 def engine(tiny_recipe: Callable[..., Recipe]) -> Engine:
-    return engines.build(tiny_recipe())
+    return engines.build(tiny_recipe(), ALONE)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from megadit.data.loading.chunks import ChunkReader
 from megadit.data.loading.loader import Loader
 from megadit.data.loading.order import Order
 from megadit.data.packing import encoding
+from megadit.distributed import ALONE
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, trainer
@@ -159,7 +160,7 @@ def test_weights_that_are_not_finite_stop_a_run_at_once(
 ) -> None:
     """No later step can succeed, and a checkpoint of such weights would take the place of a good one."""
     recipe = tiny_recipe()
-    engine = engines.build(recipe)
+    engine = engines.build(recipe, ALONE)
     name = "blocks.1.image.qkv.weight"
     engine.shards[name].values[7] = torch.nan
     with pytest.raises(ValueError, match=r"^step 0 .* 1 weights are not finite, see .*/not-finite-0\.json$"):

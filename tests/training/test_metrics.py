@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from megadit import engines, objectives
+from megadit.distributed import ALONE
 from megadit.recipe import Recipe
 from megadit.training.validation import ValidationLoss, validate
 
@@ -36,7 +37,7 @@ def test_the_validation_loss_does_not_depend_on_weights_of_the_sum(
 ) -> None:
     def initial(weight: float) -> ValidationLoss:
         recipe = tiny_recipe(*repa, f"objective.repa.weight={weight}")
-        engine = engines.build(recipe)
+        engine = engines.build(recipe, ALONE)
         return validate(engine, objectives.build(recipe.objective, recipe.model, engine.device), recipe)
 
     light, heavy = initial(0.1), initial(2.0)

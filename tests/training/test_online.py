@@ -18,6 +18,7 @@ from megadit.data.loading.loader import Loader, validation_batches
 from megadit.data.packing.pack import pack
 from megadit.data.packing.settings import PackSettings
 from megadit.data.packing.sources import open_source
+from megadit.distributed import ALONE
 from megadit.recipe import Recipe, RecipeError, load
 from megadit.sampling.generate import sample
 from megadit.training.online import OnlineEncoders, stream_draws_noise
@@ -78,7 +79,7 @@ def test_a_batch_is_that_of_cached_features(recipe: Callable[..., Recipe]) -> No
     """Up to the rounding of float16; noise and draws to the last bit."""
     online = recipe(online=True)
     assert online.encoders
-    encoders = OnlineEncoders(online.encoders, online, torch.device("cpu"))
+    encoders = OnlineEncoders(online.encoders, online, ALONE)
     streams = [Loader(each.data, each.seed, 8, 0, 1, stream_draws_noise(each)) for each in (recipe(), online)]
     for expected, raw, _ in zip(*(stream.iterate(3) for stream in streams), range(4), strict=False):
         assert raw.noise.shape == (8, 0)  # none of the pixels' size is drawn for nothing
@@ -123,7 +124,7 @@ def test_a_sharded_text_encoder_gives_the_same_features(recipe: Callable[..., Re
     sharded = recipe("engine.kind=fsdp", "engine.num_ranks=2", "encoders.sharded=true", online=True)
     assert sharded.encoders
     unsharded = sharded.encoders.model_copy(update={"sharded": False})
-    whole = OnlineEncoders(unsharded, sharded, torch.device("cpu"))
+    whole = OnlineEncoders(unsharded, sharded, ALONE)
     assert whole.text
     num_weights = sum(parameter.numel() for parameter in whole.text.module.parameters())
     for rank, (features, num_local) in enumerate(run_ranks("online.py", 2, recipe=sharded)):

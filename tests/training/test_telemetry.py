@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from megadit.distributed import ALONE, Axis, Topology
 from megadit.parametrization.table import build_table
 from megadit.planning.flops import training_flops
 from megadit.recipe import Recipe
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def test_the_phases_add_up_to_the_time_that_passed(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe()
     heard: list[str] = []
-    telemetry = Telemetry(recipe, CPU, heard.append)
+    telemetry = Telemetry(recipe, ALONE, heard.append)
     batch = synthetic_batch(recipe, 4, 5, CPU)
     started = time.perf_counter()
     for _ in range(3):
@@ -57,7 +58,7 @@ def test_the_phases_add_up_to_the_time_that_passed(tiny_recipe: Callable[..., Re
 
 def test_an_optimizer_begins_its_phase(tiny_recipe: Callable[..., Recipe]) -> None:
     heard: list[str] = []
-    telemetry = Telemetry(tiny_recipe(), CPU, heard.append)
+    telemetry = Telemetry(tiny_recipe(), ALONE, heard.append)
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight])
     with telemetry.watching_optimizers():
@@ -121,7 +122,7 @@ def test_peak_memory_is_that_of_the_process_since_the_reset() -> None:
 def test_the_start_up_block(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe("engine.kind=fsdp", "engine.num_ranks=4", "engine.num_replicas=2")
     specs = build_table(recipe)
-    text = banner(recipe, specs, 160, 4)
+    text = banner(recipe, specs, 160, Topology(Axis(0, 2), Axis(0, 2)))
     assert "engine fsdp on 4 rank(s) as 2 replicas x 2 shards, 1 micro-batch(es) of 4 on each" in text
     assert "fp32 matrix products" in text
     assert "peak unknown: MFU n/a" in text

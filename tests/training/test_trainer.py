@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megadit import engines
+from megadit.distributed import ALONE
 from megadit.recipe import Recipe, RecipeError
 from megadit.sampling.generate import sample
 from megadit.training import checkpoint, trainer
@@ -162,7 +163,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     recipe = tiny_recipe(*SHORT)
     train(recipe, run)
     (path,) = (run / "checkpoints").iterdir()
-    engine = engines.build(recipe)
+    engine = engines.build(recipe, ALONE)
     averages = Averages(engine.shards, recipe.training.ema_rates)
     checkpoint.load(path, engine, averages)
     next(iter(engine.shards.values())).values.fill_(torch.inf)

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from megadit import engines
+from megadit.distributed import process_group
 from megadit.recipe import Recipe
-from megadit.training.ranks import process_group
 
 
 def main(recipe: Recipe) -> dict[str, Tensor]:
-    with process_group(needed=recipe.engine.kind != "single"):
-        return {name: value.clone() for name, value in engines.build(recipe).model.named_buffers()}
+    with process_group(recipe.engine.kind != "single", num_replicas=recipe.engine.num_replicas) as topology:
+        return {name: value.clone() for name, value in engines.build(recipe, topology).model.named_buffers()}

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from megadit import engines, objectives
 from megadit.data.loading.loader import Loader
+from megadit.distributed import process_group
 from megadit.engines import base
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
-from megadit.training.ranks import process_group, rank, world_size
 
 Part = tuple[int, Tensor]  # offset and values of the range of a flat tensor that this rank owns
 
 
 def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
-    with process_group(needed=recipe.engine.kind != "single"):
-        engine = engines.build(recipe)
+    with process_group(recipe.engine.kind != "single", num_replicas=recipe.engine.num_replicas) as topology:
+        engine = engines.build(recipe, topology)
         objective = objectives.build(recipe.objective, recipe.model, engine.device)
         averages = Averages(engine.shards, recipe.training.ema_rates)
 
@@ -29,7 +29,8 @@ def main(recipe: Recipe, lr_factors: list[float]) -> dict[str, Any]:
             return parts({name: shard.values for name, shard in engine.shards.items()})
 
         found: dict[str, Any] = {"initial": weights(), "losses": [], "norms": []}
-        stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+        data = topology.data
+        stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, data.rank, data.size).iterate(0)
         for step, factor in enumerate(lr_factors, 1):
             batch = next(stream)
             timestep_B = objective.timesteps(batch.timestep_uniform)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from megadit import engines, objectives
 from megadit.batch import Batch
 from megadit.data.loading.loader import Loader
+from megadit.distributed import Topology, process_group
 from megadit.objectives import Losses
 from megadit.recipe import Recipe
-from megadit.training.ranks import process_group, rank, world_size
 
 
 def main(jobs: list[tuple[Recipe, int | None]], num_steps: int) -> list[dict[str, Any]]:
@@ -20,20 +20,21 @@ def main(jobs: list[tuple[Recipe, int | None]], num_steps: int) -> list[dict[str
 
     In the broken step the last sample of rank 1 has an infinite loss, whose gradient is finite.
     """
-    with process_group(needed=True):
-        return [_train(recipe, num_steps, broken_step) for recipe, broken_step in jobs]
+    with process_group(needed=True) as topology:
+        return [_train(recipe, num_steps, broken_step, topology) for recipe, broken_step in jobs]
 
 
-def _train(recipe: Recipe, num_steps: int, broken_step: int | None) -> dict[str, Any]:
-    engine = engines.build(recipe)
+def _train(recipe: Recipe, num_steps: int, broken_step: int | None, topology: Topology) -> dict[str, Any]:
+    engine = engines.build(recipe, topology)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
-    stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, rank(), world_size()).iterate(0)
+    data = topology.data
+    stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, data.rank, data.size).iterate(0)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "states": []}
     for step in range(num_steps):
         batch = next(stream)
         timestep_B = objective.timesteps(batch.timestep_uniform)
         size = recipe.training.micro_batch_size or len(batch)
-        breaks = step == broken_step and rank() == 1
+        breaks = step == broken_step and topology.rank == 1
         closures = [
             partial(_losses, objective=objective, batch=part, timestep_B=part_B, breaks=breaks)
             for part, part_B in zip(batch.split(size), timestep_B.split(size), strict=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from megadit.distributed import process_group
 from megadit.eval.task_images import Options, generate
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 from megadit.eval.tasks.task import Task
 from megadit.recipe import Recipe, parse
-from megadit.training.ranks import process_group
 
 CPU = torch.device("cpu")
 Attempt = tuple[int, int | None, int]  # ranks, which one is killed, before which of its operations
@@ -67,8 +67,8 @@ def _attempt(run: Path, task: Task, out: Path, attempt: Attempt, options: Option
 def _run_rank(run: Path, task: Task, out: Path, options: Options) -> None:
     status = 1
     try:
-        with process_group(needed=False):
-            generate(task, run, out, options, CPU)
+        with process_group(needed=False) as topology:
+            generate(task, run, out, options, topology)
         status = 0
     except Exception as error:  # of a rank whose peer was killed
         sys.stderr.write(f"{error}\n")

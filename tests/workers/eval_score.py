@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megadit.checksums import sha256_of
+from megadit.distributed import process_group
 from megadit.eval import scoring
 from megadit.eval.features import FeatureSet, FeatureSettings
 from megadit.eval.metrics.catalogue import Compares, Metric
 from megadit.eval.weights import WeightFile, load_file
-from megadit.training.ranks import process_group
 
 WIDTH = 6
 
@@ -56,6 +56,6 @@ def main(
     folder: Path, reference: Path, weights: Path, delay_seconds: float = 0.0, batch_size: int = 4
 ) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    with process_group(needed=False):
+    with process_group(needed=False) as topology:
         metric = small_metric(weights, delay_seconds)
-        return scoring.score(metric, folder, weights, reference, FeatureSettings(batch_size, torch.device("cpu")))
+        return scoring.score(metric, folder, weights, reference, FeatureSettings(batch_size, topology))

@@ -5,11 +5,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megadit.distributed import process_group
 from megadit.eval.geneval import detector
 from megadit.eval.geneval.judging import Protocol, score_geneval
-from megadit.training.ranks import process_group
 
 
 def main(
@@ -25,8 +23,8 @@ def main(
     detector.SHORT_SIDE = short_side
     if num_rows is not None:
         kill_after(num_rows, torn)
-    with process_group(needed=False):
-        return score_geneval(folder, weights, metric, torch.device("cpu"), protocol)
+    with process_group(needed=False) as topology:
+        return score_geneval(folder, weights, metric, topology, protocol)
 
 
 def kill_after(num_rows: int, torn: bool) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megadit import engines
+from megadit.distributed import ALONE, process_group
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.ema import Averages
-from megadit.training.ranks import process_group
 
 Found = tuple[str, tuple[float, ...], list[str]]  # the operation, the values in the newest checkpoint, what is there
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -29,7 +29,7 @@ class Saves:
 
     def __init__(self, recipe: Recipe, num_ranks: int) -> None:
         self._recipe, self._num_ranks = recipe, num_ranks
-        self._engine = engines.build(recipe)
+        self._engine = engines.build(recipe, ALONE)
         self._averages = Averages(self._engine.shards, [0.9])
 
     def save(self, run: Path, value: int, victim: int = NOBODY, kill_point: int = NOBODY) -> list[str]:
@@ -45,7 +45,7 @@ class Saves:
                 for values in (shard.values, average, *self._engine.optimizer_state()[name].values()):
                     values.fill_(value)
             with (
-                process_group(needed=False),
+                process_group(needed=False) as self._engine.topology,
                 checkpoint.Saver(run, self._recipe, self._engine, self._averages) as saver,
             ):
                 saver.save(images_seen=16 * value, num_steps=value)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megadit import engines
+from megadit.distributed import process_group
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.ema import Averages
-from megadit.training.ranks import process_group, rank
 from megadit.training.watchdog import Watchdog
 
 
@@ -33,13 +33,13 @@ def main(recipe: Recipe, run: Path, limit: float, seconds: float, hangs: bool) -
             assert told.wait(60)
         return write(descriptor, data, start)
 
-    with process_group(needed=True):
-        engine = engines.build(recipe)
-        if rank() == 1:
+    with process_group(needed=True) as topology:
+        engine = engines.build(recipe, topology)
+        if topology.rank == 1:
             os.pwrite = slow_write
         dist.barrier()
         with (
-            Watchdog(limit, run / "stalls", end) as watchdog,
+            Watchdog(limit, run / "stalls", end, topology) as watchdog,
             checkpoint.Saver(run, recipe, engine, Averages(engine.shards, [0.9]), watchdog) as saver,
         ):
             watchdog.mark(1, "checkpoint")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megadit.training.ranks import process_group, rank
+from megadit.distributed import process_group
 from megadit.training.watchdog import Watchdog
 
 
@@ -19,14 +19,14 @@ def main(limit: float, folder: Path) -> str | None:
         said.append(error)
         told.set()
 
-    with process_group(needed=True), Watchdog(limit, folder, end) as watchdog:
+    with process_group(needed=True) as topology, Watchdog(limit, folder, end, topology) as watchdog:
         for step in range(3):
             watchdog.mark(step, "data")
             dist.all_reduce(torch.zeros(1))
             watchdog.mark(step, "forward")
         assert not said
         watchdog.mark(3, "data")
-        if rank() == 1:
+        if topology.rank == 1:
             assert told.wait(20 * limit)
         watchdog.mark(3, "forward")
         dist.barrier()

@@ -12,13 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megadit.distributed import ALONE, Topology
 from megadit.engines.base import Engine
 from megadit.training.checkpoint import files
 from megadit.training.checkpoint.files import CheckpointError, DamageError, Header
 from megadit.training.checkpoint.reader import Reader, find_damage
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
-from megadit.training.ranks import on_every_rank, on_first_rank, rank, world_size
 
 Used = TypeVar("Used")
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def slots_of(engine: Engine) -> list[str]:
     return list(next(iter(engine.optimizer_state().values())))
 
 
-def newest_valid(folder: Path) -> Path | None:
+def newest_valid(folder: Path, topology: Topology = ALONE) -> Path | None:
     """The newest checkpoint whose files are whole; every newer one that is not is named in the log.
 
     Called by all ranks together, which share the reading. None where there are no checkpoints. Raises CheckpointError
@@ -54,15 +54,15 @@ def newest_valid(folder: Path) -> Path | None:
     """
 
     def verify(path: Path) -> None:
-        found = on_every_rank(lambda: find_damage(path, rank(), world_size()))
+        found = topology.on_every(lambda: find_damage(path, topology.rank, topology.size))
         if damage := next(filter(None, found), None):
             raise DamageError(damage)
 
-    paths = on_first_rank(lambda: files.newest_first(folder))
-    return _first_whole(paths, verify)[0] if paths else None
+    paths = topology.on_first(lambda: files.newest_first(folder))
+    return _first_whole(paths, verify, topology)[0] if paths else None
 
 
-def newest_complete(folder: Path) -> Path | None:
+def newest_complete(folder: Path, topology: Topology) -> Path | None:
     """As `newest_valid`, but only the sizes of files are looked at: for `load_or_before`, which looks at the rest."""
 
     def look(path: Path) -> None:
@@ -71,9 +71,9 @@ def newest_complete(folder: Path) -> Path | None:
 
     def find() -> Path | None:
         paths = files.newest_first(folder)
-        return _first_whole(paths, look)[0] if paths else None
+        return _first_whole(paths, look, ALONE)[0] if paths else None
 
-    return on_first_rank(find)
+    return topology.on_first(find)
 
 
 def load_or_before(path: Path, engine: Engine, averages: Averages) -> tuple[Path, Header]:
@@ -81,18 +81,19 @@ def load_or_before(path: Path, engine: Engine, averages: Averages) -> tuple[Path
 
     Raises CheckpointError where none is.
     """
-    before = on_first_rank(lambda: [other for other in files.newest_first(path.parent) if other.name < path.name])
-    return _first_whole([path, *before], lambda candidate: load(candidate, engine, averages))
+    newest_first = engine.topology.on_first(lambda: files.newest_first(path.parent))
+    before = [other for other in newest_first if other.name < path.name]
+    return _first_whole([path, *before], lambda candidate: load(candidate, engine, averages), engine.topology)
 
 
-def _first_whole(paths: Sequence[Path], use: Callable[[Path], Used]) -> tuple[Path, Used]:
+def _first_whole(paths: Sequence[Path], use: Callable[[Path], Used], topology: Topology) -> tuple[Path, Used]:
     """The first checkpoint of which `use` does not raise DamageError, and its result; what is damaged is logged."""
     for path in paths:
         try:
             return path, use(path)
         except DamageError as error:
             damage = str(error)
-            if rank() == 0:
+            if topology.is_first:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", path, damage)
     raise CheckpointError(
         f"no checkpoint in {path.parent} is whole (the oldest: {damage}); restore one, or start anew in another --run"
@@ -105,19 +106,19 @@ def load(path: Path, engine: Engine, averages: Averages) -> Header:
     Verifies what it reads: raises DamageError on every rank, with a part of the state restored, when any finds damage.
     Raises CheckpointError when it is of another model.
     """
-    reader = _first_error_for_all(lambda: Reader(path))
+    reader = _first_error_for_all(lambda: Reader(path), engine.topology)
     header = reader.header
     _check_same_model(path, header, engine)
-    _read(state_of(engine, averages), reader, no_dist=world_size() == 1)
+    _read(state_of(engine, averages), reader, no_dist=engine.topology.size == 1)
     engine.weights_written()
     engine.set_num_steps(header.num_steps)
     return header
 
 
-def _first_error_for_all(function: Callable[[], Used]) -> Used:
+def _first_error_for_all(function: Callable[[], Used], topology: Topology) -> Used:
     """The result on this rank of a function that every rank calls; the first rank's error on every rank."""
     results: list[Used] = []
-    on_every_rank(lambda: results.append(function()))
+    topology.on_every(lambda: results.append(function()))
     return results[0]
 
 

@@ -25,7 +25,6 @@ from megadit.training.checkpoint.loading import newest_complete, slots_of, state
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
-from megadit.training.ranks import on_first_rank, rank
 from megadit.training.watchdog import Watchdog
 
 LONGEST_WRITE = timedelta(days=1)  # ranks wait for the slowest writer and for rank 0's copy to S3
@@ -51,7 +50,7 @@ class Saver:
         self._settings = recipe.checkpoints
         self._engine, self._averages = engine, averages
         self._watchdog = watchdog
-        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if engine.topology.joined else None
         self._copies = Copies(self._settings.copy_url, recipe) if self._settings.copy_url else None
         self._copy_failure: StorageError | None = None  # of the newest checkpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -81,10 +80,10 @@ class Saver:
 
         For `load_or_before`: what is in the files is not looked at.
         """
-        found = newest_complete(self._folder)
+        found = newest_complete(self._folder, self._engine.topology)
         if found is None and self._copies is not None:
             copies = self._copies
-            found = on_first_rank(lambda: copies.fetch_newest(self._folder))
+            found = self._engine.topology.on_first(lambda: copies.fetch_newest(self._folder))
         return found
 
     def save(self, images_seen: int, num_steps: int) -> None:
@@ -154,13 +153,13 @@ class Saver:
         try:
             dcp.save(dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except (OSError, CheckpointException) as error:
-            if rank() == 0:
+            if self._engine.topology.is_first:
                 shutil.rmtree(writer.partial, ignore_errors=True)
             last_good = next(iter(files.newest_first(self._folder)), "none")
             raise CheckpointError(
                 f"cannot write checkpoint {writer.final}: {_first_cause(error)}; newest whole checkpoint: {last_good}"
             ) from None
-        if rank() == 0:
+        if self._engine.topology.is_first:
             seconds = time.perf_counter() - started
             logger.info(
                 "checkpoint %s: %.3g GB written in %.2f s, for which training stood still for %.2f s",
@@ -169,7 +168,7 @@ class Saver:
                 seconds,
                 seconds if stall is None else stall,
             )
-        self._copy_failure = on_first_rank(lambda: self._keep_and_copy(writer.final), self._group)
+        self._copy_failure = self._engine.topology.on_first(lambda: self._keep_and_copy(writer.final), self._group)
 
     def _keep_and_copy(self, path: Path) -> StorageError | None:
         """A copy that fails is no reason to stop while the next one may succeed: only the last one is an error."""

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megadit.cli import app
+from megadit.distributed import ALONE
 from megadit.eval.geneval import detector
 from megadit.eval.geneval.judging import (
     PROMPTS_BY_TAG,
@@ -115,7 +116,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scored(generated: Path, weights: Path) -> dict[str, Any]:
     """The score of `generated`, which has its files afterwards."""
-    return score_geneval(generated, weights, METRIC, CPU, PROTOCOL)
+    return score_geneval(generated, weights, METRIC, ALONE, PROTOCOL)
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_the_stored_score_says_how_it_was_made(generated: Path, weights: Path, s
 
 def refuse(folder: Path, weights: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score_geneval(folder, weights, METRIC, CPU, PROTOCOL)
+        score_geneval(folder, weights, METRIC, ALONE, PROTOCOL)
     assert not (folder / "scores" / f"{METRIC}.json").exists()
 
 
@@ -260,21 +261,21 @@ def test_a_detector_that_finds_nothing(unscored: Path, weights: Path, tmp_path: 
 def test_missing_weights_are_named_with_their_digest(unscored: Path, tmp_path: Path) -> None:
     protocol = dataclasses.replace(PROTOCOL, detectors=PROTOCOLS["geneval"].detectors)
     with pytest.raises(ValueError, match=r"weights .*743b7d99\.pth: no such file.* mmdetection 2"):
-        score_geneval(unscored, tmp_path, "geneval", CPU, protocol)
+        score_geneval(unscored, tmp_path, "geneval", ALONE, protocol)
 
 
 def test_a_part_of_the_benchmark_has_no_geneval_score(unscored: Path, weights: Path) -> None:
     with pytest.raises(ValueError, match="it has 6 prompts .* not 553"):
-        score_geneval(unscored, weights, "geneval", CPU)
+        score_geneval(unscored, weights, "geneval", ALONE)
 
 
 # Ranks and killed runs.
 
 
 def test_what_is_judged_is_not_judged_again(unscored: Path, weights: Path) -> None:
-    score_geneval(unscored, weights, METRIC, CPU, PROTOCOL)
+    score_geneval(unscored, weights, METRIC, ALONE, PROTOCOL)
     before, lines = files(unscored), num_lines(unscored)
-    score_geneval(unscored, weights, METRIC, CPU, PROTOCOL)
+    score_geneval(unscored, weights, METRIC, ALONE, PROTOCOL)
     assert (files(unscored), num_lines(unscored)) == (before, lines)
 
 
@@ -292,12 +293,12 @@ def test_half_a_line_does_not_spoil_the_next_one(generated: Path, tmp_path: Path
 
 
 def test_other_weights_judge_anew(unscored: Path, weights: Path, tmp_path: Path) -> None:
-    first = score_geneval(unscored, weights, METRIC, CPU, PROTOCOL)
+    first = score_geneval(unscored, weights, METRIC, ALONE, PROTOCOL)
     others = shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("*-golden"))
     checkpoint = torch.load(others / "mask2former.pth")
     checkpoint["state_dict"]["panoptic_head.cls_embed.bias"][16] -= 9  # sees no dogs
     torch.save(checkpoint, others / "mask2former.pth")
-    second = score_geneval(unscored, others, METRIC, CPU, PROTOCOL)
+    second = score_geneval(unscored, others, METRIC, ALONE, PROTOCOL)
     assert second["groups"]["single_object"] == 0 < first["groups"]["single_object"]
     assert second["settings"]["self_test"]["golden_images"] == 0
 
