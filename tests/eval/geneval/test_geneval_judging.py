@@ -284,7 +284,7 @@ def test_half_a_line_does_not_spoil_the_next_one(generated: Path, tmp_path: Path
     rows = Rows(tmp_path, "judge", units)
     whole = [{"prompt": unit.prompt, "image": unit.image, "sha256": unit.sha256} for unit in units[:2]]
     for row in whole:
-        with rows.writer() as append:
+        with rows.writer(ALONE) as append:
             append(row)
         with (tmp_path / "rank-0-of-1.jsonl").open("a") as file:
             file.write('{"prompt": 5, "ima')
