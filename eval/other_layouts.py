@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadit.data.format.members import Members
+from megadit.data.format.members import DataSet
 from megadit.eval import units
 from megadit.files import write_bytes, write_text
 
@@ -27,16 +27,16 @@ def export_data(url: str, out: Path) -> Exported:
     found = Exported(out / "images", out / "prompts.jsonl")
     if found.prompts.is_file():
         return found
-    members = Members(url)
-    facts = members.manifest.image
+    data = DataSet(url)
+    facts = data.manifest.image
     if facts is None or facts.resize is None:
         raise ValueError(f"{url} has no packed pictures: pack it with --keep-pictures")
     captions: dict[str, str] = {}
-    for sample, name in enumerate(members.index.keys):
-        key, caption = name.decode(), members.caption(sample)
+    for sample in range(data.manifest.num_samples):
+        key, caption = data.key(sample), data.caption(sample)
         if caption is None:
             raise ValueError(f"{url} has no captions to make prompts of")
-        write_bytes(found.images / f"{key}.{facts.member}", members.get(facts.member, sample))
+        write_bytes(found.images / f"{key}.{facts.member}", data.get(facts.member, sample))
         captions.setdefault(caption, key)
     lines = [json.dumps({"prompt": caption, "key": key}) + "\n" for caption, key in captions.items()]
     write_text(found.prompts, "".join(lines))

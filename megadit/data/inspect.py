@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megadit import checksums
 from megadit.data.bars import Bars, Tally, no_bars
 from megadit.data.format.manifest import TEXT, Manifest
-from megadit.data.format.members import Members, ShardFile
+from megadit.data.format.members import DataSet, ShardFile
 from megadit.data.storage import ChangedError, MissingError
 from megadit.data.storage.object_file import ObjectFile
 
@@ -56,14 +55,15 @@ class Stats:
 
 def stats(url: str) -> Stats:
     """Count what is in the data set at `url`, by its index and some captions. Raises ManifestError, StorageError."""
-    members = Members(url)
-    manifest, index = members.manifest, members.index
+    data = DataSet(url)
+    manifest, index = data.manifest, data.index
     buckets: Counter[str] = Counter()
     for shard in manifest.shards:
         if shard.bucket:
             buckets[shard.bucket] += shard.num_samples
     with ThreadPoolExecutor(8) as pool:
-        captions = list(pool.map(members.caption, members.evenly(CAPTIONS_READ).tolist()))
+        evenly = np.linspace(0, manifest.num_samples - 1, CAPTIONS_READ).round().astype(np.int64)
+        captions = list(pool.map(data.caption, np.unique(evenly).tolist()))
     characters = np.array([len(caption) for caption in captions if caption is not None])
     tokens = None
     if manifest.text:
@@ -126,46 +126,40 @@ def verify(
     """
     if not 0 < sample_share <= 1:
         raise ValueError(f"sample share {sample_share} must be above 0 and at most 1")
-    members = Members(url)
+    data = DataSet(url)
     with bars("verifying") as advance, ThreadPoolExecutor(workers, thread_name_prefix="megadit-verify") as pool:
-        tally = Tally(advance, len(members.files))
+        tally = Tally(advance, len(data.files))
 
         def check(file: ShardFile) -> list[str]:
-            problems = _check_file(members, file, sample_share)
+            problems = _check_file(data, file, sample_share)
             tally.add(1)
             return problems
 
-        return [problem for problems in pool.map(check, members.files) for problem in problems]
+        return [problem for problems in pool.map(check, data.files) for problem in problems]
 
 
-def _check_file(members: Members, file: ShardFile, share: float) -> list[str]:
-    url = file.store.url(file.name)
-    is_tar = file.name == file.shard.name
-    stated = file.shard.sha256 if is_tar and share == 1 else None
+def _check_file(data: DataSet, file: ShardFile, share: float) -> list[str]:
+    stated = file.shard.sha256 if file.is_tar and share == 1 else None
     digest = hashlib.sha256()
     wrong: list[str] = []
     try:
         reader = ObjectFile(file.store, file.name, digest.update if stated else None, file.etag)
-        for sample, kind in members.rows(file, share):
-            offset, size, expected = members.index.places[kind][sample].item()
-            crc32 = 0
-            for block in reader.blocks(offset, offset + size):
-                crc32 = checksums.crc32(block, crc32)
-            if crc32 != expected:
-                wrong.append(f"{members.index.keys[sample].decode()}.{kind}")
+        for member in data.members_of(file, share):
+            if not member.is_sound(reader.blocks(member.offset, member.end)):
+                wrong.append(member.fault(file, data.key(member.row), "CRC-32 differs"))
         if stated:
             reader.finish()
     except MissingError as error:
         return [str(error)]
     except ChangedError:
-        return [f"{url} is newer than the index: its ETag is another one; run `megadit data index` again"]
-    problems = [f"{url}: member {name}: CRC-32 differs" for name in wrong[:PROBLEMS_NAMED]]
+        return [f"{file.url} is newer than the index: its ETag is another one; run `megadit data index` again"]
+    problems = wrong[:PROBLEMS_NAMED]
     if len(wrong) > PROBLEMS_NAMED:
-        problems.append(f"{url}: {len(wrong) - PROBLEMS_NAMED} more members: CRC-32 differs")
-    if is_tar and reader.size != file.shard.num_bytes:
-        problems.append(f"{url} has {reader.size} bytes, the manifest says {file.shard.num_bytes}")
+        problems.append(f"{file.url}: {len(wrong) - PROBLEMS_NAMED} more members: CRC-32 differs")
+    if file.is_tar and reader.size != file.shard.num_bytes:
+        problems.append(f"{file.url} has {reader.size} bytes, the manifest says {file.shard.num_bytes}")
     if stated and digest.hexdigest() != stated:
-        problems.append(f"{url}: sha256 differs")
+        problems.append(f"{file.url}: sha256 differs")
     return problems
 
 

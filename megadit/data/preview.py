@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from megadit.data.format.members import Members
+from megadit.data.format.members import DataSet
 
 TILE, MARGIN = 192, 8  # pixels
 FONT_SIZE, LINE_HEIGHT, CAPTION_LINES = 12, 16, 4
@@ -19,8 +19,8 @@ def preview(url: str, out: Path, num_samples: int = 24, seed: int = 0, columns: 
     Pictures keep their shape; a caption that is too long ends in dots. Raises ValueError for a data set without
     pictures, ManifestError, StorageError and OSError.
     """
-    members = Members(url)
-    manifest = members.manifest
+    data = DataSet(url)
+    manifest = data.manifest
     if manifest.image is None:
         kinds = ", ".join(manifest.members)
         raise ValueError(f"{url} has no pictures to show, only {kinds}; preview what it was packed from")
@@ -32,9 +32,9 @@ def preview(url: str, out: Path, num_samples: int = 24, seed: int = 0, columns: 
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for number, sample in enumerate(chosen.tolist()):
         left, top = number % columns * cell_width + MARGIN, number // columns * cell_height + MARGIN
-        tile = _tile(members.get(manifest.image.member, sample))
+        tile = _tile(data.get(manifest.image.member, sample))
         sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        caption = members.caption(sample) or members.index.keys[sample].decode()
+        caption = data.caption(sample) or data.key(sample)
         lines = textwrap.wrap(caption, width=30, max_lines=CAPTION_LINES, placeholder="...")
         draw.text((left, top + TILE + 4), "\n".join(lines), "black", font)
     sheet.save(out, format="PNG")

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megadit.cli.data import data_app
-from megadit.data.format.members import Members
+from megadit.data.format.members import DataSet
 from megadit.data.indexing.captions import CaptionTable
 from megadit.data.indexing.dataset import index
 from megadit.data.inspect import Quantiles, format_stats, stats, verify
@@ -59,7 +59,7 @@ def test_stats_of_an_indexed_data_set(raw: Path) -> None:
 
 def test_stats_of_a_packed_data_set(packed: Path) -> None:
     url = str(packed / "train")
-    found, members = stats(url), Members(url)
+    found, members = stats(url), DataSet(url)
     assert found.buckets == {"16x16": found.manifest.num_samples}
     tokens = [len(np.load(io.BytesIO(members.get("text.npy", n)))) for n in range(found.manifest.num_samples)]
     assert found.tokens is not None
@@ -85,14 +85,16 @@ def test_sound_data_sets(raw: Path, packed: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "json", "text.npy", "pooled.npy"])
 def test_a_flipped_bit_of_any_member_is_found(kind: str, copy: Path) -> None:
-    members = Members(str(copy))
+    members = DataSet(str(copy))
     sample = members.manifest.shards[0].num_samples + 3
     offset, size, _ = members.index.places[kind][sample].item()
     flip(copy / "shard-000001.tar", offset + size - 1)
     key = members.index.keys[sample].decode()
     problems = verify(str(copy))
     assert len(problems) == 2
-    assert problems[0] == f"{(copy / 'shard-000001.tar').as_uri()}: member {key}.{kind}: CRC-32 differs"
+    assert (
+        problems[0] == f"{(copy / 'shard-000001.tar').as_uri()}: member {key}.{kind}: CRC-32 differs, at byte {offset}"
+    )
     assert problems[1].endswith("shard-000001.tar: sha256 differs")
     with pytest.raises(StorageError, match="CRC-32 differs"):
         members.get(kind, sample)
@@ -113,7 +115,7 @@ def test_what_else_is_wrong_with_shards(copy: Path) -> None:
 def test_captions_that_changed(raw: Path) -> None:
     flip(raw / "set" / "captions" / "sa_000001.tar.txt", 10)
     assert len(problems := verify(str(raw / "set"))) == 1
-    assert problems[0].endswith("sa_000001.tar.txt: member sa_21.txt: CRC-32 differs")
+    assert "sa_000001.tar.txt: member sa_21.txt: CRC-32 differs, at byte " in problems[0]
 
 
 def test_a_tar_that_is_newer_than_its_index(raw: Path) -> None:
@@ -126,14 +128,15 @@ def test_a_tar_that_is_newer_than_its_index(raw: Path) -> None:
 
 
 def test_a_share_of_the_samples(raw: Path) -> None:
-    members, tar = Members(str(raw / "set")), raw / "tars" / "sa_000000.tar"
-    chosen = {share: {sample for sample, _ in members.rows(members.files[0], share)} for share in (0.5, 1.0)}
+    members, tar = DataSet(str(raw / "set")), raw / "tars" / "sa_000000.tar"
+    chosen = {share: {member.row for member in members.members_of(members.files[0], share)} for share in (0.5, 1.0)}
     assert chosen == {0.5: {16, 17, 18, 19}, 1.0: set(range(20))}  # whole blocks of 16 neighbours
     time = tar.stat().st_mtime_ns
-    flip(tar, members.index.places["jpg"]["offset"][0] + 30)
+    offset = members.index.places["jpg"]["offset"][0]
+    flip(tar, offset + 30)
     os.utime(tar, ns=(time, time))  # its ETag stays: the file has rotted
     assert verify(str(raw / "set"), sample_share=0.5) == []
-    assert verify(str(raw / "set")) == [f"{tar.as_uri()}: member sa_1.jpg: CRC-32 differs"]
+    assert verify(str(raw / "set")) == [f"{tar.as_uri()}: member sa_1.jpg: CRC-32 differs, at byte {offset}"]
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="must be above 0 and at most 1"):
             verify(str(raw / "set"), sample_share=share)

@@ -7,7 +7,6 @@ crop. Entropy decoding aside, that is the cost of the small picture, not of the 
 
 import io
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from megadit.batch import TextFeatures
 from megadit.data.format.manifest import CAPTION, LATENT, POOLED, TEXT, TEXT_SCALE, LatentFacts, Manifest, TextFacts
+from megadit.data.format.members import Members
 
 NPY_MAGIC, NPY_PREFIX_BYTES = b"\x93NUMPY\x01\x00", 10
-Members = Mapping[str, bytes | memoryview]
 
 
 class DecodeError(ValueError):

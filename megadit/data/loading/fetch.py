@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadit.data.loading.chunks import GAP_BYTES, Chunk, ChunkReader, Range
+from megadit.data.format.members import Range
+from megadit.data.loading.chunks import GAP_BYTES, Chunk, ChunkReader
 from megadit.data.loading.schedule import Bucket, Schedule
 
 FETCH_THREADS = 8  # Range GETs in flight in one process

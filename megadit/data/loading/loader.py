@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megadit.batch import Batch, Sample, collate, concatenate
 from megadit.data.format.manifest import Manifest
-from megadit.data.loading.chunks import ChunkReader, CorruptShardError
+from megadit.data.format.members import CorruptShardError
+from megadit.data.loading.chunks import ChunkReader
 from megadit.data.loading.decode import Content, DecodeError
 from megadit.data.loading.fetch import Item, Supply, largest_chunks
 from megadit.data.loading.pages import give_back_what_is_freed

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megadit.data.format.manifest import Manifest, ManifestError
-from megadit.data.format.members import Members
+from megadit.data.format.members import DataSet
 from megadit.data.indexing import captions
 from megadit.data.indexing.captions import CaptionError, CaptionTable
 from megadit.data.indexing.dataset import IndexingError, add_captions, index
@@ -63,7 +63,7 @@ def write_parquet(path: Path, pairs: Pairs) -> Path:
 
 
 def stored(url: Path) -> dict[str, str | None]:
-    members = Members(str(url))
+    members = DataSet(str(url))
     return {key.decode(): members.caption(sample) for sample, key in enumerate(members.index.keys.tolist())}
 
 
@@ -227,7 +227,7 @@ def test_a_join_that_broke_is_not_taken_for_whole(copy: Path, tmp_path: Path, mo
         with pytest.raises(KeyboardInterrupt):
             add_captions(str(copy), everything)
     with pytest.raises(StorageError, match="does not belong to the manifest beside it"):
-        Members(str(copy))
+        DataSet(str(copy))
     add_captions(str(copy), few)  # also where the manifest still is that of this table
     assert stored(copy) == {"sa_7": "one"}
     add_captions(str(copy), everything)
@@ -250,5 +250,5 @@ def test_captions_and_tables_in_s3(indexed: Path, tmp_path: Path, s3_bucket: str
             store.put(path.relative_to(indexed).as_posix(), path.read_bytes())
     store.put("t.tar.gz", write_tar(tmp_path / "t.tar.gz", list(TEXTS.items())).read_bytes())
     add_captions(store.url(), CaptionTable(store.url("t.tar.gz")))
-    members = Members(store.url())
+    members = DataSet(store.url())
     assert [members.caption(sample) for sample in range(14)] == list(TEXTS.values())

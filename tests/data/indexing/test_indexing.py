@@ -17,7 +17,7 @@ from hypothesis import given, reject, settings, strategies as st
 from PIL import Image
 
 from megadit.data.format.manifest import Manifest
-from megadit.data.format.members import Members
+from megadit.data.format.members import DataSet
 from megadit.data.indexing.dataset import Indexed, IndexingError, index
 from megadit.data.indexing.tars import TarError, scan
 from megadit.data.sa1b_like import make
@@ -136,7 +136,7 @@ def test_a_data_set_over_tars_that_stay_where_they_are(
         open_store(source).etag(shard.name) for shard in manifest.shards
     ]
     assert {shard.bucket for shard in manifest.shards} == {None}
-    members = Members(destination)
+    members = DataSet(destination)
     for sample in range(NUM_SAMPLES):
         assert members.index.keys[sample] == f"sa_{sample + 1}".encode()
         record = json.loads(members.get("json", sample))["image"]
@@ -185,7 +185,7 @@ def test_a_tar_that_changed_is_read_again(copy: Path, tmp_path: Path) -> None:
     assert indexed.num_read == 1
     assert [shard.num_samples for shard in indexed.manifest.shards] == [5, 1, 4]
     assert indexed.manifest.fingerprint != before.fingerprint
-    assert Members(url).get("jpg", 5) == PICTURES[0][1]
+    assert DataSet(url).get("jpg", 5) == PICTURES[0][1]
 
 
 def test_a_full_disk(tars: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_what_is_not_a_whole_sample_is_counted(tmp_path: Path) -> None:
     assert indexed.manifest.left_out == {"no json": 1, "no jpg": 2, "unreadable picture": 1}
     assert indexed.others == {"txt": 1, "": 1}
     assert [shard.name for shard in indexed.manifest.shards] == ["x.tar"]  # no shard is empty
-    assert Members(str(tmp_path / "set")).index.keys.tolist() == [b"a", b"d"]
+    assert DataSet(str(tmp_path / "set")).index.keys.tolist() == [b"a", b"d"]
     alone = index(str(tmp_path), str(tmp_path / "alone"), members=["jpg"]).manifest
     assert (alone.num_samples, alone.members) == (3, ("jpg",))
     with pytest.raises(

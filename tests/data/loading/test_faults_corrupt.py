@@ -9,7 +9,8 @@ import torch
 
 from megadit.batch import Batch, concatenate
 from megadit.data.format.manifest import Manifest
-from megadit.data.loading.chunks import ChunkReader, CorruptShardError
+from megadit.data.format.members import CorruptShardError
+from megadit.data.loading.chunks import ChunkReader
 from megadit.data.loading.loader import Loader, validation_batches
 from megadit.data.loading.order import Order
 from megadit.recipe import Data

@@ -129,8 +129,8 @@ def test_only_what_is_needed_is_read(raw: Path) -> None:
     reader = ChunkReader(str(raw))
     assert reader.decoder.kinds == ("jpg",)
     ranges = reader.ranges(np.arange(66, 74))  # across the end of the first shard
-    assert [(part.name, len(part.members)) for part in ranges] == [("shard-0.tar", 4), ("shard-1.tar", 4)]
-    assert all(part.etag == shard.etag for part, shard in zip(ranges, reader.manifest.shards, strict=True))
+    assert [(part.file.name, len(part.members)) for part in ranges] == [("shard-0.tar", 4), ("shard-1.tar", 4)]
+    assert all(part.file.etag == shard.etag for part, shard in zip(ranges, reader.manifest.shards, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
