@@ -39,11 +39,11 @@ class Pictures(Protocol):
     groups: list[str]
     """The category of each picture, or "" where there are none."""
 
-    def pixels(self, index: int) -> Pixels:
+    def pixels(self, number: int) -> Pixels:
         """uint8 [H, W, 3]. Raises ValueError, with the name of the file, for what is no picture."""
         ...
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, number: int) -> str:
         """The text that the picture was made from. Raises ValueError where there is none."""
         ...
 
@@ -125,24 +125,24 @@ def _extract(
     encoder = features.build(located.path, settings.topology.device)
     with store.writer(settings.topology) as append:
         for batch, images in _prepared(encoder, pictures, batches):
-            prompts = [pictures.prompt(index) for index in batch] if features.takes_prompts else []
+            prompts = [pictures.prompt(number) for number in batch] if features.takes_prompts else []
             values = encoder(images.to(settings.topology.device), prompts).float().cpu()
             assert values.shape == (len(batch), features.width), f"{features.name}: {tuple(values.shape)}"
             if not bool(values.isfinite().all()):
                 raise ValueError(f"{features.name}: features of {pictures.name} {batch} are not finite")
-            append(batch, [pictures.digests[index] for index in batch], values.numpy())
+            append(batch, [pictures.digests[number] for number in batch], values.numpy())
 
 
 def _prepared(encoder: Encoder, pictures: Pictures, batches: list[range]) -> Iterator[tuple[range, Tensor]]:
     """Each batch as one tensor; the pictures of the next one are read while the network works on this one."""
 
-    def read(index: int) -> Tensor:
-        return encoder.prepare(pictures.pixels(index))
+    def read(number: int) -> Tensor:
+        return encoder.prepare(pictures.pixels(number))
 
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
 
         def start(batch: range) -> list[Future[Tensor]]:
-            return [pool.submit(read, index) for index in batch]
+            return [pool.submit(read, number) for number in batch]
 
         coming = start(batches[0])
         for place, batch in enumerate(batches):
@@ -178,9 +178,9 @@ class FeatureFiles:
         """What appends a batch to this rank's file: pictures, their digests, features [B, width]."""
         with journal.appending(self._folder, topology.rank, topology.size, self._record) as append:
 
-            def append_batch(indices: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
-                records = np.empty(len(indices), dtype=self._record)
-                records["picture"], records["digest"], records["features"] = indices, digests, values
+            def append_batch(numbers: Sequence[int], digests: Sequence[str], values: np.ndarray) -> None:
+                records = np.empty(len(numbers), dtype=self._record)
+                records["picture"], records["digest"], records["features"] = numbers, digests, values
                 records["crc32"] = [checksums.crc32(row.tobytes()) for row in records["features"]]
                 append(records.tobytes())
 
@@ -191,8 +191,8 @@ class FeatureFiles:
         return [
             place
             for place, record in enumerate(records)
-            if 0 <= (index := int(record["picture"])) < len(pictures.digests)
-            and record["digest"] == pictures.digests[index].encode()
+            if 0 <= (number := int(record["picture"])) < len(pictures.digests)
+            and record["digest"] == pictures.digests[number].encode()
             and record["crc32"] == checksums.crc32(record["features"].tobytes())
         ]
 

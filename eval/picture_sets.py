@@ -30,17 +30,17 @@ class Generated:
         self.digests = [unit.sha256 for unit in self.units]
         self.groups = [_group(self._prompts[unit.prompt]) for unit in self.units]
 
-    def pixels(self, index: int) -> Pixels:
-        unit = self.units[index]
+    def pixels(self, number: int) -> Pixels:
+        unit = self.units[number]
         data = unit.path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != unit.sha256:
             raise ValueError(f"{unit.path} has changed since it was generated: sha256 {found}, not {unit.sha256}")
         return decode(data, str(unit.path))
 
-    def prompt(self, index: int) -> str:
-        text = self._prompts[self.units[index].prompt].get("prompt")
+    def prompt(self, number: int) -> str:
+        text = self._prompts[self.units[number].prompt].get("prompt")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{self.name}: prompt {self.units[index].prompt} has no text; this metric needs captions")
+            raise ValueError(f"{self.name}: prompt {self.units[number].prompt} has no text; this metric needs captions")
         return text
 
 
@@ -60,10 +60,10 @@ class Folder:
         places = [path.relative_to(folder).parts for path in self._paths]
         self.groups = [parts[0] if len(parts) > 1 else "" for parts in places]
 
-    def pixels(self, index: int) -> Pixels:
-        return decode(self._paths[index].read_bytes(), str(self._paths[index]))
+    def pixels(self, number: int) -> Pixels:
+        return decode(self._paths[number].read_bytes(), str(self._paths[number]))
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, number: int) -> str:
         raise ValueError(f"{self.name} is a folder of images without captions")
 
 
@@ -81,10 +81,10 @@ class Npz:
         """Read by each rank when it first needs them: two gigabytes in ADM's files, too much to send."""
         return _read_npz(Path(self.name))
 
-    def pixels(self, index: int) -> Pixels:
-        return checked(self._images[index], f"{self.name}[{index}]")
+    def pixels(self, number: int) -> Pixels:
+        return checked(self._images[number], f"{self.name}[{number}]")
 
-    def prompt(self, index: int) -> str:
+    def prompt(self, number: int) -> str:
         raise ValueError(f"{self.name} has no captions")
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from megadit.checksums import sha256_of
+from megadit.distributed import Topology
 from megadit.eval.features import FeatureFiles, FeatureSettings, Pictures, extract
-from megadit.eval.metrics.catalogue import Compares, Metric, Value
+from megadit.eval.geneval.judging import PROTOCOLS, score_geneval
+from megadit.eval.metrics.catalogue import Compares, Metric, Value, find
 from megadit.eval.metrics.frechet import Moments, Statistics, frechet, frechet_stderr, load_statistics, save_statistics
 from megadit.eval.picture_sets import Generated, fingerprint, open_reference
 from megadit.eval.weights import Located
@@ -31,7 +33,26 @@ Score = dict[str, Any]
 """What is stored: metric, version, value, stderr, n, higher_is_better, weights, settings, groups, rows."""
 
 
-def score(
+def score_folder(
+    metric: str,
+    folder: Path,
+    weights: Path,
+    reference: Path | None,
+    resize: str | None,
+    batch_size: int,
+    topology: Topology,
+    reference_features: Path | None = None,
+) -> list[Score]:
+    """The scores of a metric by its name, on every rank; call it on all ranks. Raises ValueError as the metrics do."""
+    if metric not in PROTOCOLS:
+        settings = FeatureSettings(batch_size, topology, reference_features)
+        return score_metric(find(metric, resize), folder, weights, reference, settings)
+    if reference is not None or resize is not None:
+        raise ValueError(f"{metric} takes neither --reference nor --resize: it judges images by their prompts")
+    return [score_geneval(folder, weights, metric, topology)]
+
+
+def score_metric(
     metric: Metric,
     folder: Path,
     weights: Path,

@@ -19,7 +19,7 @@ from megadit.eval import units
 from megadit.eval.geneval.judging import PROTOCOLS
 from megadit.eval.metrics.catalogue import find
 from megadit.eval.picture_sets import Generated, fingerprint
-from megadit.eval.score import score_folder
+from megadit.eval.scoring import score_folder
 from megadit.eval.task_images import Options, generate
 from megadit.eval.tasks.benchmarks import TaskOptions, load_task
 from megadit.files import write_text

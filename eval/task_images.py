@@ -1,8 +1,8 @@
 """`megadit eval generate`: the images of a task by a checkpoint, shared by ranks, whole or going on.
 
 Units are taken in batches of fixed composition, batch b by rank b % D, because the last bits of a matrix product depend
-on its batch; the noise of a unit depends on (task, prompt index, image index) alone. So on one kind of machine an image
-is the same, bit for bit, on any number of ranks and however often the job was interrupted.
+on its batch; the noise of a unit depends on (task, prompt number, image number) alone. So on one kind of machine an
+image is the same, bit for bit, on any number of ranks and however often the job was interrupted.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from megadit.sampling.generate import class_numbers, default_weights, load_condi
 from megadit.sampling.guidance import guide
 from megadit.sampling.samplers import Sampler, choose
 from megadit.training import checkpoint, run_folder
-from megadit.training.checkpoint.files import HEADER, images_seen
+from megadit.training.checkpoint.folders import HEADER, images_seen
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ LOG_SECONDS = 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = ("megadit", "torch", "diffusers", "transformers", "pillow")
 
-Place = tuple[int, int]  # prompt index, image index
+Place = tuple[int, int]  # prompt number, image number
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A folder of generated images on disk: manifest.json, prompts.jsonl, images/ and the lists of finished units.
 
-A unit is one image: (prompt index, image index). units/rank-R-of-D.jsonl has a line for each that is finished; each
+A unit is one image: (prompt number, image number). units/rank-R-of-D.jsonl has a line for each that is finished; each
 rank appends to a file of its own. A unit is finished when its line is on disk, and its image was there before.
 """
 

@@ -16,7 +16,7 @@ BOOTSTRAP_SEED = 0
 
 
 def summarise(rows: Sequence[Row], tags: Sequence[str]) -> dict[str, Any]:
-    """The score of the images: `rows` of all, `tags` by prompt index; every prompt has the same number of images.
+    """The score of the images: `rows` of all, `tags` by prompt number; every prompt has the same number of images.
 
     value: the mean over tags of the share of correct images, which is GenEval's overall score and not the share over
     all images. groups: that share by tag. images_correct: over all images; prompts_correct: prompts with at least one

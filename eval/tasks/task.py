@@ -20,9 +20,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Task:
-    """What to generate. The noise of an image is a function of (`id`, prompt index, image index).
+    """What to generate. The noise of an image is a function of (`id`, prompt number, image number).
 
-    `records` are {"prompt", ...metadata}, by prompt index; `sha256` is that of the list that they come from, and
+    `records` are {"prompt", ...metadata}, by prompt number; `sha256` is that of the list that they come from, and
     `settings` is what else decides on them.
     """
 

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megadit.eval.score import score
-
 if TYPE_CHECKING:
     from megadit.distributed import Topology
 
@@ -16,7 +14,6 @@ GenEvalName = Literal["geneval", "geneval-hf"]
 eval_app = typer.Typer(
     help="Evaluate trained models offline: generate, score, report.", no_args_is_help=True, rich_markup_mode=None
 )
-eval_app.command()(score)
 
 
 @eval_app.command()
@@ -59,7 +56,7 @@ def generate(
 ) -> None:
     """Generate the images of TASK with a trained model.
 
-    The noise of an image depends on task, prompt index and image index alone. Interrupted at any moment, the same
+    The noise of an image depends on task, prompt number and image number alone. Interrupted at any moment, the same
     command goes on, on any number of ranks, and the files are the same. Started by torchrun or srun it joins their
     ranks. Nothing is downloaded: lists of prompts, encoders and autoencoders come from local files.
 
@@ -80,6 +77,63 @@ def generate(
             ema, sampler, steps, shift, guidance_scale, guidance_channels, batch_size, precision, encoder, vae
         )
         generate_images(wanted, source, out, options, topology)
+
+    raise typer.Exit(run_on_ranks(num_ranks, job))
+
+
+@eval_app.command()
+def score(
+    metric: Annotated[str, typer.Argument(help="fid, sfid, is, precision_recall, kid, clip_score, ... (see below)")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of `megadit eval generate`.")],
+    weights: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the files of weights.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER|STATS.npz", help="Images to compare with, or their mean and covariance."),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="For metrics on Inception: adm, clean, pytorch-fid, torch-antialias, mup.  [default: adm]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass; part of the protocol.")] = 32,
+    reference_features: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keeps the reference's features for other DIRs.  [default: DIR/features]"),
+    ] = None,
+    num_ranks: Annotated[int, typer.Option(min=1, help="Local processes.")] = 1,
+) -> None:
+    """Score the images of DIR and write DIR/scores/<id>.json.
+
+    Nothing is downloaded. A metric without its weights says which file it needs, and its SHA-256. Features are kept in
+    DIR/features: an interrupted run goes on where it stopped, on any number of ranks, and comes to the same number.
+
+    \b
+    Metrics:
+      fid sfid                    Frechet distance on Inception, pooled and spatial features
+      is                          Inception score
+      precision_recall            improved precision and recall; precision_recall_fp16 rounds as ADM's evaluator
+      kid                         kernel Inception distance
+      fd_dinov2                   Frechet distance on DINOv2 ViT-L/14
+      cmmd                        CLIP maximum mean discrepancy
+      clip_score pickscore        agreement of image and prompt
+      geneval geneval-hf          GenEval with mmdetection's detector, with Meta's
+      frechet_efficientnet        Frechet distance on EfficientNet-lite0, whose weights come as a pip package
+
+    \b
+    Examples:
+      megadit eval score fid out/imagenet --weights weights --reference VIRTUAL_imagenet256_labeled.npz
+      megadit eval score fid out/mjhq --weights weights --reference mjhq30k_imgs --resize mup
+      megadit eval score clip_score out/coco --weights weights --num-ranks 8
+    """
+    from megadit.eval.ranks import run_on_ranks
+
+    def job(topology: "Topology") -> None:
+        from megadit.eval.scoring import score_folder
+
+        scores = score_folder(metric, folder, weights, reference, resize, batch_size, topology, reference_features)
+        if topology.is_first:
+            for line in scores:
+                error = "" if line["stderr"] is None else f" +- {line['stderr']:.3g}"
+                print(f"{line['metric']}  {line['value']:.6g}{error}  ({line['n']} images)")
 
     raise typer.Exit(run_on_ranks(num_ranks, job))
 

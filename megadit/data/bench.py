@@ -35,7 +35,7 @@ from megadit import timing
 from megadit.data import sa1b_like
 from megadit.data.bench_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
 from megadit.data.format.index import PLACE, Index
-from megadit.data.format.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, Shard
+from megadit.data.format.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, ShardFacts
 from megadit.data.indexing.captions import CaptionTable, join
 from megadit.data.indexing.dataset import index
 from megadit.data.loading.chunks import ChunkReader
@@ -253,7 +253,7 @@ def decode_rows(index_url: str, rounds: int) -> list[Row]:
 def write_latents(folder: Path) -> None:
     """Shards of random latents of 8 KB, as `megadit data pack` writes them."""
     draws, keys = np.random.default_rng(0), list[str]()
-    places, shards = list[tuple[int, int, int]](), list[Shard]()
+    places, shards = list[tuple[int, int, int]](), list[ShardFacts]()
     store = open_store(str(folder))
     for number in range(LATENT_SHARDS):
         buffer = io.BytesIO()
@@ -268,7 +268,7 @@ def write_latents(folder: Path) -> None:
                 tar.addfile(info, io.BytesIO(array.getvalue()))
         name, data = f"shard-{number}.tar", buffer.getvalue()
         store.put(name, data)
-        shards.append(Shard(name=name, num_samples=LATENTS_PER_SHARD, num_bytes=len(data), bucket="256x256"))
+        shards.append(ShardFacts(name=name, num_samples=LATENTS_PER_SHARD, num_bytes=len(data), bucket="256x256"))
     facts = LatentFacts(
         encoder="", weights_sha256="", channels=4, downsampling=8, moments=False, scaling_factor=1, shift_factor=0
     )

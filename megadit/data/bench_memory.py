@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from megadit.data.format.index import Index
-from megadit.data.format.manifest import FORMAT_VERSION, ImageFacts, Manifest, Shard
+from megadit.data.format.manifest import FORMAT_VERSION, ImageFacts, Manifest, ShardFacts
 from megadit.data.loading.chunks import ChunkReader
 from megadit.data.loading.loader import Loader
 from megadit.data.loading.schedule import Schedule
@@ -85,7 +85,8 @@ def simulate_order() -> tuple[list[float], list[float], int]:
     """Milliseconds of each of some steps for one rank and for all, and the most bytes that this process ever had."""
     each = SA1B_SAMPLES // 8
     shards = tuple(
-        Shard(name=str(number), num_samples=each, num_bytes=0, bucket=f"{256 + 16 * number}x256") for number in range(8)
+        ShardFacts(name=str(number), num_samples=each, num_bytes=0, bucket=f"{256 + 16 * number}x256")
+        for number in range(8)
     )
     manifest = Manifest(
         version=FORMAT_VERSION,

@@ -23,7 +23,7 @@ from megadit.recipe import Recipe
 from megadit.training import checkpoint, run_folder
 from megadit.training.checkpoint import CheckpointError, Saver
 from megadit.training.checkpoint.copies import RECIPE, Copies
-from megadit.training.checkpoint.files import HEADER
+from megadit.training.checkpoint.folders import HEADER
 
 AUTO, NEVER = "auto", "never"
 CHOICES = "auto, never, the folder of a run or of a checkpoint, or the checkpoints.copy_url of a run"

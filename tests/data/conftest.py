@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from megadit.data.format.index import PLACE, Index
-from megadit.data.format.manifest import ImageFacts, LatentFacts, Manifest, Shard
+from megadit.data.format.manifest import ImageFacts, LatentFacts, Manifest, ShardFacts
 from megadit.data.storage import open_store
 
 
@@ -199,7 +199,7 @@ def write_data_set(url: str, shards: Shards, **facts: Any) -> Manifest:
         name, data = f"shard-{number}.tar", buffer.getvalue()
         store.put(name, data)
         described.append(
-            Shard(name=name, num_samples=len(samples), num_bytes=len(data), bucket=bucket, etag=store.etag(name))
+            ShardFacts(name=name, num_samples=len(samples), num_bytes=len(data), bucket=bucket, etag=store.etag(name))
         )
     index = Index(
         np.array(keys, dtype=np.bytes_),

@@ -22,7 +22,7 @@ from megadit.distributed import ALONE
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
-from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents, files
+from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents, folders
 from megadit.training.checkpoint.reader import Reader
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
@@ -325,7 +325,7 @@ def test_a_header_that_says_no_slots_is_of_adamw(save: Callable[..., None], engi
     path = tmp_path / "checkpoints" / NAMES[0]
     tree = json.loads((path / "checkpoint.json").read_text())["header"]
     assert tree.pop("slots") == ["exp_avg", "exp_avg_sq"]
-    sealed = {"header": tree, "crc32": files._crc32_of_tree(tree)}
+    sealed = {"header": tree, "crc32": folders._crc32_of_tree(tree)}
     (path / "checkpoint.json").write_text(json.dumps(sealed))
     assert checkpoint.load(path, engine, Averages(engine.shards, [0.9])).num_steps == 1
 
@@ -334,6 +334,6 @@ def test_the_state_of_another_optimizer_is_refused(save: Callable[..., None], en
     save(tmp_path, 1)
     path = tmp_path / "checkpoints" / NAMES[0]
     tree = json.loads((path / "checkpoint.json").read_text())["header"] | {"slots": ["average"]}
-    (path / "checkpoint.json").write_text(json.dumps({"header": tree, "crc32": files._crc32_of_tree(tree)}))
+    (path / "checkpoint.json").write_text(json.dumps({"header": tree, "crc32": folders._crc32_of_tree(tree)}))
     with pytest.raises(CheckpointError, match=r"another optimizer: average there, exp_avg, exp_avg_sq here"):
         checkpoint.load(path, engine, Averages(engine.shards, [0.9]))

@@ -58,4 +58,4 @@ def main(
     torch.set_num_threads(1)
     with process_group(needed=False) as topology:
         metric = small_metric(weights, delay_seconds)
-        return scoring.score(metric, folder, weights, reference, FeatureSettings(batch_size, topology))
+        return scoring.score_metric(metric, folder, weights, reference, FeatureSettings(batch_size, topology))

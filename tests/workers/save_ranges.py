@@ -6,7 +6,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megadit.distributed import process_group
-from megadit.training.checkpoint.files import FORMAT, Header
+from megadit.training.checkpoint.folders import FORMAT, Header
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.flat_range import FlatRange
 

@@ -72,7 +72,7 @@ class TextFacts(_Node):
     dtype: Literal["float16", "int8"] = "float16"
 
 
-class Shard(_Node):
+class ShardFacts(_Node):
     """One tar file. `bucket` is the resolution of its pictures, height x width; None where they differ.
 
     name: below the data set, or below its `root`; captions: the file, below the data set, that has the `txt` members
@@ -110,7 +110,7 @@ class Manifest(_Node):
     text: TextFacts | None = None
     labels: tuple[str, ...] = ()
     left_out: dict[str, int] = {}
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFacts, ...]
     index: dict[str, str]
 
     @staticmethod

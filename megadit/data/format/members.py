@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megadit import checksums
-from megadit.data.format.manifest import CAPTION, METADATA, Manifest, Shard
+from megadit.data.format.manifest import CAPTION, METADATA, Manifest, ShardFacts
 from megadit.data.storage import Client, StorageError, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ShardFile:
     store: Store
     name: str
     kinds: tuple[str, ...]
-    shard: Shard
+    shard: ShardFacts
     first: int
     last: int
     etag: str | None

@@ -22,7 +22,7 @@ import numpy as np
 
 from megadit.data.bars import Bars, Tally, no_bars
 from megadit.data.format.index import Index
-from megadit.data.format.manifest import CAPTION, MANIFEST_NAME, METADATA, ImageFacts, Manifest, Shard
+from megadit.data.format.manifest import CAPTION, MANIFEST_NAME, METADATA, ImageFacts, Manifest, ShardFacts
 from megadit.data.indexing.captions import CaptionTable, Joined, join
 from megadit.data.indexing.checklist import read_checklist
 from megadit.data.indexing.gunzip import gunzip
@@ -234,7 +234,7 @@ def _load_scans(store: Store, names: Sequence[str]) -> tuple[list[Tar], list[Tar
     return [tar for tar, _ in found], [content for _, content in found]
 
 
-def _shards(tars: Sequence[Tar], kept: Sequence[np.ndarray], joined: Joined | None) -> tuple[Shard, ...]:
+def _shards(tars: Sequence[Tar], kept: Sequence[np.ndarray], joined: Joined | None) -> tuple[ShardFacts, ...]:
     """Tars without a sample are no shards."""
     shards = []
     for number, (tar, mask) in enumerate(zip(tars, kept, strict=True)):
@@ -243,7 +243,7 @@ def _shards(tars: Sequence[Tar], kept: Sequence[np.ndarray], joined: Joined | No
             continue
         algorithm, _, digest = tar.digest.partition(" ")
         shards.append(
-            Shard(
+            ShardFacts(
                 name=tar.name,
                 num_samples=int(mask.sum()),
                 num_bytes=tar.num_bytes,

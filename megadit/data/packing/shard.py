@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megadit import checksums
-from megadit.data.format.manifest import Shard
+from megadit.data.format.manifest import ShardFacts
 from megadit.data.packing.encoding import Encoding
 from megadit.data.packing.pixels import fit
 from megadit.data.packing.plan import ShardPlan
@@ -39,7 +39,7 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: str
-    shard: Shard
+    shard: ShardFacts
     samples: tuple[int, ...]
     keys: tuple[str, ...]
     places: dict[str, tuple[tuple[int, int, int], ...]]
@@ -66,7 +66,7 @@ def build_shard(source: Source, plan: ShardPlan, encoding: Encoding, inputs: str
             broken += unsound
     tar_bytes = buffer.getvalue()
     height, width = plan.bucket
-    shard = Shard(
+    shard = ShardFacts(
         name=plan.name,
         num_samples=len(keys),
         num_bytes=len(tar_bytes),

@@ -14,7 +14,7 @@ name: nothing points to it.
 `reader` and `loading` read, `copies` keeps a second copy elsewhere, `export` makes files for inference.
 """
 
-from megadit.training.checkpoint.files import CheckpointError, DamageError, Header, newest_first, read_header
+from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header, newest_first, read_header
 from megadit.training.checkpoint.loading import load, load_or_before, newest_valid, read_tensors
 from megadit.training.checkpoint.reader import find_damage
 from megadit.training.checkpoint.saver import Saver

@@ -18,9 +18,10 @@ import yaml
 
 from megadit import recipe as recipes
 from megadit.data.storage import MissingError, Store, open_store
+from megadit.files import PARTIAL
 from megadit.recipe import Recipe
-from megadit.training.checkpoint import files
-from megadit.training.checkpoint.files import HEADER, PARTIAL, CheckpointError
+from megadit.training.checkpoint import folders
+from megadit.training.checkpoint.folders import HEADER, CheckpointError
 from megadit.training.checkpoint.reader import find_damage
 
 PIECE_BYTES = 2**27
@@ -40,7 +41,7 @@ class Copies:
         """Copy a whole checkpoint; `progress` is called for every piece. Raises StorageError."""
         self._store.put(RECIPE, recipes.dump(self._recipe).encode())
         pieces = [
-            (path / name, start) for name, size in files.read_header(path).files.items() for start in _starts(size)
+            (path / name, start) for name, size in folders.read_header(path).files.items() for start in _starts(size)
         ]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for _ in pool.map(lambda piece: self._send_piece(*piece), pieces):
@@ -54,7 +55,7 @@ class Copies:
         """
         names = list(self._store.list("images-"))
         whole = [Path(name).parent for name in names if name.endswith(f"/{HEADER}")]
-        doomed = files.superfluous(whole, keep, keep_every_images)
+        doomed = folders.superfluous(whole, keep, keep_every_images)
         kept = {path.name for path in whole if path not in doomed}
         for name in sorted(names, key=lambda name: (not name.endswith(f"/{HEADER}"), name)):
             if name.split("/")[0] not in kept:
@@ -72,10 +73,10 @@ class Copies:
         self._check_same_recipe()
         for header in sorted(headers, reverse=True):
             partial = folder / f"{PARTIAL}{header.removesuffix(f'/{HEADER}')}"
-            files.make_partial(partial)
+            folders.make_partial(partial)
             damage = self._fetch(partial)
             if damage is None:
-                return files.publish(partial)
+                return folders.publish(partial)
             shutil.rmtree(partial)
             logger.warning("the copy %s is damaged: %s; trying the one before", self._store.url(header), damage)
         raise CheckpointError(
@@ -92,7 +93,7 @@ class Copies:
         name = partial.name.removeprefix(PARTIAL)
         content = self._store.get(f"{name}/{HEADER}")
         try:
-            header = files.parse_header(content, self._store.url(name))
+            header = folders.parse_header(content, self._store.url(name))
             for file, size in header.files.items():
                 with (partial / file).open("wb") as stream:
                     for start in _starts(size):
@@ -103,7 +104,7 @@ class Copies:
             return str(error)
         (partial / HEADER).write_bytes(content)
         for path in partial.iterdir():
-            files.sync(path)
+            folders.sync(path)
         return find_damage(partial)
 
     def _check_same_recipe(self) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megadit import models
 from megadit.training import run_folder
-from megadit.training.checkpoint import files
-from megadit.training.checkpoint.files import CheckpointError
+from megadit.training.checkpoint import folders
+from megadit.training.checkpoint.folders import CheckpointError
 from megadit.training.checkpoint.loading import newest_valid, read_tensors
 from megadit.training.checkpoint.reader import find_damage
 
@@ -63,7 +63,7 @@ def average(run: Path, out: Path, weights: str | None, dtype: Dtype, images: Seq
 
 def _whole(run: Path, images: Sequence[int]) -> list[Path]:
     """The checkpoints that are asked for, each read to the last byte."""
-    paths = files.existing(run, images)
+    paths = folders.existing(run, images)
     for path in paths:
         if damage := find_damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
@@ -71,7 +71,7 @@ def _whole(run: Path, images: Sequence[int]) -> list[Path]:
 
 
 def _kind(path: Path, weights: str | None) -> str:
-    return weights or next(iter(files.read_header(path).averages), "weight")
+    return weights or next(iter(folders.read_header(path).averages), "weight")
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megadit import checksums
-from megadit.training.checkpoint.files import DamageError
+from megadit.training.checkpoint.folders import DamageError
 
 BLOCK_BYTES = 2**21  # part of the format
 NUM_THREADS = 2  # the disk and the CRC run side by side; both let other threads run
@@ -33,15 +33,15 @@ class Extent:
     num_bytes: int
     crcs: tuple[int, ...]
 
-    def blocks(self, start: int, end: int) -> Iterator["Block"]:
+    def blocks(self, start: int, end: int) -> Iterator["StoredBlock"]:
         """The blocks that cover the bytes [start, end) of the extent."""
         for number in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             first = number * BLOCK_BYTES
-            yield Block(self.file, self.start, first, min(first + BLOCK_BYTES, self.num_bytes), self.crcs[number])
+            yield StoredBlock(self.file, self.start, first, min(first + BLOCK_BYTES, self.num_bytes), self.crcs[number])
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """The bytes [start, end) of the extent that begins at `origin` of `file`."""
 
     file: str
@@ -58,7 +58,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Read:
-    """Bytes [start, end) of an extent that go into `target`, a flat tensor of bytes on any device."""
+    """StoredBlock [start, end) of an extent that go into `target`, a flat tensor of bytes on any device."""
 
     extent: Extent
     start: int
@@ -103,13 +103,15 @@ def verify(folder: Path, extents: Iterable[Extent]) -> None:
     _in_threads(blocks, lambda block, _, descriptor: block.check(_content(descriptor, block)), folder)
 
 
-def _in_threads(blocks: Sequence[tuple[Block, Use]], use: Callable[[Block, Use, int], None], folder: Path) -> None:
+def _in_threads(
+    blocks: Sequence[tuple[StoredBlock, Use]], use: Callable[[StoredBlock, Use, int], None], folder: Path
+) -> None:
     """`use(block, ..., descriptor of its file)` for all blocks, which are in the order of the disk.
 
     Each thread has files and a run of neighbours of its own: threads that take turns defeat the kernel's reading ahead.
     """
 
-    def use_run(run: Sequence[tuple[Block, Use]]) -> None:
+    def use_run(run: Sequence[tuple[StoredBlock, Use]]) -> None:
         for name, group in groupby(run, key=lambda pair: pair[0].file):
             with (folder / name).open("rb", buffering=0) as file:
                 for block, other in group:
@@ -122,7 +124,7 @@ def _in_threads(blocks: Sequence[tuple[Block, Use]], use: Callable[[Block, Use, 
             pass
 
 
-def _read_block(descriptor: int, block: Block, read: Read) -> None:
+def _read_block(descriptor: int, block: StoredBlock, read: Read) -> None:
     start, end = max(read.start, block.start), min(read.end, block.end)
     target = read.target[start - read.start : end - read.start]
     if end - start == block.end - block.start and target.device.type == "cpu":
@@ -133,11 +135,11 @@ def _read_block(descriptor: int, block: Block, read: Read) -> None:
         target.copy_(content[start - block.start : end - block.start])
 
 
-def _content(descriptor: int, block: Block) -> Tensor:
+def _content(descriptor: int, block: StoredBlock) -> Tensor:
     return _fill(torch.empty(block.end - block.start, dtype=torch.uint8), descriptor, block)
 
 
-def _fill(buffer: Tensor, descriptor: int, block: Block) -> Tensor:
+def _fill(buffer: Tensor, descriptor: int, block: StoredBlock) -> Tensor:
     rest = _memory(buffer)
     while rest:
         num_read = os.preadv(descriptor, [rest], block.origin + block.end - len(rest))

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megadit.distributed import ALONE, Topology
 from megadit.engines.base import Engine
-from megadit.training.checkpoint import files
-from megadit.training.checkpoint.files import CheckpointError, DamageError, Header
+from megadit.training.checkpoint import folders
+from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header
 from megadit.training.checkpoint.reader import Reader, find_damage
 from megadit.training.ema import Averages
 from megadit.training.flat_range import FlatRange
@@ -58,7 +58,7 @@ def newest_valid(folder: Path, topology: Topology = ALONE) -> Path | None:
         if damage := next(filter(None, found), None):
             raise DamageError(damage)
 
-    paths = topology.on_first(lambda: files.newest_first(folder))
+    paths = topology.on_first(lambda: folders.newest_first(folder))
     return _first_whole(paths, verify, topology)[0] if paths else None
 
 
@@ -70,7 +70,7 @@ def newest_complete(folder: Path, topology: Topology) -> Path | None:
             raise DamageError(damage)
 
     def find() -> Path | None:
-        paths = files.newest_first(folder)
+        paths = folders.newest_first(folder)
         return _first_whole(paths, look, ALONE)[0] if paths else None
 
     return topology.on_first(find)
@@ -81,7 +81,7 @@ def load_or_before(path: Path, engine: Engine, averages: Averages) -> tuple[Path
 
     Raises CheckpointError where none is.
     """
-    newest_first = engine.topology.on_first(lambda: files.newest_first(path.parent))
+    newest_first = engine.topology.on_first(lambda: folders.newest_first(path.parent))
     before = [other for other in newest_first if other.name < path.name]
     return _first_whole([path, *before], lambda candidate: load(candidate, engine, averages), engine.topology)
 

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from megadit import checksums
-from megadit.training.checkpoint import extents, files
+from megadit.training.checkpoint import extents, folders
 from megadit.training.checkpoint.extents import Extent
-from megadit.training.checkpoint.files import METADATA, DamageError, Header
+from megadit.training.checkpoint.folders import METADATA, DamageError, Header
 
 
 def find_damage(path: Path, part: int = 0, num_parts: int = 1, contents: bool = True) -> str | None:
@@ -31,7 +31,7 @@ def find_damage(path: Path, part: int = 0, num_parts: int = 1, contents: bool = 
         CheckpointError: it may well be whole, but not for this version.
     """
     try:
-        header = files.checked_header(path)
+        header = folders.checked_header(path)
         if contents:
             mine = sorted(header.files)[part::num_parts]
             stored: dict[Any, Extent] = _read_index(path, header).storage_data
@@ -56,7 +56,7 @@ class Reader(dcp.StorageReader):
     """
 
     def __init__(self, path: Path) -> None:
-        self.header = files.checked_header(path)
+        self.header = folders.checked_header(path)
         self._path = path
         self._index = _read_index(path, self.header)
 

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megadit.data.storage import StorageError
 from megadit.engines.base import Engine
 from megadit.recipe import Recipe
-from megadit.training.checkpoint import files
+from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.copies import Copies
-from megadit.training.checkpoint.files import FORMAT, CheckpointError, Header
+from megadit.training.checkpoint.folders import FORMAT, CheckpointError, Header
 from megadit.training.checkpoint.loading import newest_complete, slots_of, state_of
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
@@ -155,7 +155,7 @@ class Saver:
         except (OSError, CheckpointException) as error:
             if self._engine.topology.is_first:
                 shutil.rmtree(writer.partial, ignore_errors=True)
-            last_good = next(iter(files.newest_first(self._folder)), "none")
+            last_good = next(iter(folders.newest_first(self._folder)), "none")
             raise CheckpointError(
                 f"cannot write checkpoint {writer.final}: {_first_cause(error)}; newest whole checkpoint: {last_good}"
             ) from None
@@ -172,7 +172,7 @@ class Saver:
 
     def _keep_and_copy(self, path: Path) -> StorageError | None:
         """A copy that fails is no reason to stop while the next one may succeed: only the last one is an error."""
-        files.prune(self._folder, self._settings.keep, self._settings.keep_every_images)
+        folders.prune(self._folder, self._settings.keep, self._settings.keep_every_images)
         if self._copies is None:
             return None
         try:

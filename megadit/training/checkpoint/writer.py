@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadit import checksums
-from megadit.training.checkpoint import extents, files
-from megadit.training.checkpoint.files import METADATA, Header
+from megadit.files import PARTIAL
+from megadit.training.checkpoint import extents, folders
+from megadit.training.checkpoint.folders import METADATA, Header
 
 SYNC_BYTES = 2**27  # written before the disk is told to take them: it works meanwhile, and the last sync is short
 
@@ -39,8 +40,8 @@ class Writer(dcp.StorageWriter):
     """
 
     def __init__(self, folder: Path, header: Header, progress: Callable[[], object]) -> None:
-        self.final = folder / files.folder_name(header.images_seen)
-        self.partial = folder / f"{files.PARTIAL}{self.final.name}"
+        self.final = folder / folders.folder_name(header.images_seen)
+        self.partial = folder / f"{PARTIAL}{self.final.name}"
         self.header = header
         self.wrote_own_file = False
         self._progress = progress
@@ -52,7 +53,7 @@ class Writer(dcp.StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first rank, before any writes: the name of each rank's file."""
-        files.make_partial(self.partial)
+        folders.make_partial(self.partial)
         self._names = [f"rank-{rank}.bin" for rank in range(len(plans))]
         return [replace(plan, storage_data=name) for plan, name in zip(plans, self._names, strict=True)]
 
@@ -85,12 +86,12 @@ class Writer(dcp.StorageWriter):
         """On the first rank, when every rank has written."""
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         index = pickle.dumps(metadata)
-        files.write_synced(self.partial / METADATA, index)
+        folders.write_synced(self.partial / METADATA, index)
         sizes = Counter(dict.fromkeys(self._names, 0) | {METADATA: len(index)})
         for extent in metadata.storage_data.values():
             sizes[extent.file] += extent.num_bytes
         self.header = replace(self.header, files=dict(sizes), index_crc=checksums.crc32(index))
-        files.seal(self.partial, self.header)
+        folders.seal(self.partial, self.header)
 
     # What DCP asks of a writer besides
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings as effort, strategies as st
 
 from megadit.data.format.index import Index
-from megadit.data.format.manifest import FORMAT_VERSION, ImageFacts, Manifest, Shard
+from megadit.data.format.manifest import FORMAT_VERSION, ImageFacts, Manifest, ShardFacts
 from megadit.data.loading.order import Order
 from megadit.data.loading.schedule import Schedule
 from megadit.recipe import Data
@@ -22,7 +22,7 @@ def packed_manifest(shards: list[tuple[str, int]]) -> Manifest:
         members=("png",),
         image=ImageFacts(),
         shards=tuple(
-            Shard(name=str(number), num_samples=count, num_bytes=0, bucket=bucket)
+            ShardFacts(name=str(number), num_samples=count, num_bytes=0, bucket=bucket)
             for number, (bucket, count) in enumerate(shards)
         ),
         index={},

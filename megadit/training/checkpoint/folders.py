@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megadit import checksums
+from megadit.files import PARTIAL
 
 FORMAT = 2
 HEADER, METADATA = "checkpoint.json", ".metadata"
-PARTIAL = ".partial-"  # before the name of a checkpoint that is not whole yet
 
 
 class CheckpointError(ValueError):

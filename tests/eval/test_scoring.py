@@ -59,7 +59,7 @@ def records_of(metric: Metric, folder: Path) -> np.ndarray:
 
 def test_a_frechet_distance_from_pictures_to_file(generated: Callable, reference: Path, weights: Path) -> None:
     folder, metric = generated(), small["small_metric"](weights)
-    (found,) = scoring.score(metric, folder, weights, reference, SETTINGS)
+    (found,) = scoring.score_metric(metric, folder, weights, reference, SETTINGS)
     assert json.loads((folder / "scores" / "frechet_small.json").read_text()) == found
 
     ours, theirs = Generated(folder), Folder(reference)
@@ -84,54 +84,54 @@ def test_a_frechet_distance_from_pictures_to_file(generated: Callable, reference
 
 def test_statistics_that_were_kept_give_the_same_distance(generated: Callable, reference: Path, weights: Path) -> None:
     folder, metric = generated(), small["small_metric"](weights)
-    (first,) = scoring.score(metric, folder, weights, reference, SETTINGS)
+    (first,) = scoring.score_metric(metric, folder, weights, reference, SETTINGS)
     (kept,) = (folder / "statistics").glob("small-reference-*.npz")
-    (second,) = scoring.score(metric, folder, weights, kept, SETTINGS)
+    (second,) = scoring.score_metric(metric, folder, weights, kept, SETTINGS)
     assert second["value"] == first["value"] and second["stderr"] == first["stderr"]
     assert second["groups"] == {} and second["settings"]["reference"]["n"] == 40
-    (itself,) = scoring.score(metric, folder, weights, folder / "statistics" / "small.npz", SETTINGS)
+    (itself,) = scoring.score_metric(metric, folder, weights, folder / "statistics" / "small.npz", SETTINGS)
     assert abs(itself["value"]) < 1e-9
 
 
 def test_nothing_is_computed_twice(generated: Callable, reference: Path, weights: Path) -> None:
     """The network is not even loaded where all features are there."""
     folder, metric = generated(), small["small_metric"](weights)
-    (first,) = scoring.score(metric, folder, weights, reference, SETTINGS)
+    (first,) = scoring.score_metric(metric, folder, weights, reference, SETTINGS)
 
     def refuse(path: Path, device: torch.device) -> Any:
         raise AssertionError("features were computed again")
 
     features = FeatureSet("small", metric.features.width, metric.features.weights, refuse)
     again = Metric(metric.name, features, metric.compares, id=metric.id)
-    assert scoring.score(again, folder, weights, reference, SETTINGS) == [first]
+    assert scoring.score_metric(again, folder, weights, reference, SETTINGS) == [first]
 
 
 def test_other_weights_get_features_of_their_own(generated: Callable, reference: Path, weights: Path) -> None:
     folder = generated()
-    (first,) = scoring.score(small["small_metric"](weights), folder, weights, reference, SETTINGS)
+    (first,) = scoring.score_metric(small["small_metric"](weights), folder, weights, reference, SETTINGS)
     small["write_weights"](weights, seed=1)
-    (second,) = scoring.score(small["small_metric"](weights), folder, weights, reference, SETTINGS)
+    (second,) = scoring.score_metric(small["small_metric"](weights), folder, weights, reference, SETTINGS)
     assert first["value"] != second["value"]
 
 
 def test_statistics_of_other_weights_are_refused(generated: Callable, reference: Path, weights: Path) -> None:
     folder = generated()
-    scoring.score(small["small_metric"](weights), folder, weights, reference, SETTINGS)
+    scoring.score_metric(small["small_metric"](weights), folder, weights, reference, SETTINGS)
     kept = folder / "statistics" / "small.npz"
     small["write_weights"](weights, seed=1)
     with pytest.raises(ValueError, match=r"small.npz are of small [0-9a-f]{8}, not of small [0-9a-f]{8}"):
-        scoring.score(small["small_metric"](weights), folder, weights, kept, SETTINGS)
+        scoring.score_metric(small["small_metric"](weights), folder, weights, kept, SETTINGS)
 
 
 def test_damaged_records_are_computed_again(generated: Callable, reference: Path, weights: Path) -> None:
     """A flipped bit, a record cut short at the end, and a picture that was generated anew."""
     folder, metric = generated(), small["small_metric"](weights)
-    (first,) = scoring.score(metric, folder, weights, reference, SETTINGS)
+    (first,) = scoring.score_metric(metric, folder, weights, reference, SETTINGS)
     (path,) = (folder / "features").glob("small-*/generated/*.bin")
     data = bytearray(path.read_bytes())
     data[3 * metric.features.record().itemsize + 90] ^= 1
     path.write_bytes(data[:-5])
-    assert scoring.score(metric, folder, weights, reference, SETTINGS) == [first]
+    assert scoring.score_metric(metric, folder, weights, reference, SETTINGS) == [first]
     assert len(records_of(metric, folder)) > 40  # the batches of the two damaged ones were done again
 
 
@@ -179,7 +179,7 @@ def test_killed_at_random_and_gone_on_with_other_ranks(
     records = records_of(metric, folder)
     assert sorted(records["picture"]) == list(range(120))  # each once
 
-    (expected,) = scoring.score(metric, whole, weights, reference, SETTINGS)
+    (expected,) = scoring.score_metric(metric, whole, weights, reference, SETTINGS)
     assert results[0] == [expected]
 
 
@@ -205,7 +205,7 @@ def test_mean_over_images_with_rows_groups_and_prompts(generated: Callable, weig
         "length", 1, small["small_metric"](weights).features.weights, lambda path, device: Length(), takes_prompts=True
     )
     metric = Metric("length", features, Compares.PROMPTS, id="length/a/b")
-    (found,) = scoring.score(metric, folder, weights, None, SETTINGS)
+    (found,) = scoring.score_metric(metric, folder, weights, None, SETTINGS)
     assert found["value"] == 3.5 and found["higher_is_better"]
     assert found["stderr"] == pytest.approx(np.std(range(8), ddof=1) / 8**0.5)  # not of 16 values
     assert found["groups"] == {f"category-{index}": index + 2.0 for index in range(4)}
@@ -273,25 +273,25 @@ def test_a_folder_that_is_not_whole_gets_no_number(
     folder = generated()
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        scoring.score(small["small_metric"](weights), folder, weights, reference, SETTINGS)
+        scoring.score_metric(small["small_metric"](weights), folder, weights, reference, SETTINGS)
     assert not (folder / "scores").exists()
 
 
 def test_references_that_do_not_fit_are_refused(generated: Callable, tmp_path: Path, weights: Path) -> None:
     folder, metric = generated(), small["small_metric"](weights)
     with pytest.raises(ValueError, match=r"frechet_small compares with .*: give --reference"):
-        scoring.score(metric, folder, weights, None, SETTINGS)
+        scoring.score_metric(metric, folder, weights, None, SETTINGS)
     with pytest.raises(ValueError, match=r"no such folder or .npz"):
-        scoring.score(metric, folder, weights, tmp_path / "nowhere", SETTINGS)
+        scoring.score_metric(metric, folder, weights, tmp_path / "nowhere", SETTINGS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no images"):
-        scoring.score(metric, folder, weights, tmp_path / "empty", SETTINGS)
+        scoring.score_metric(metric, folder, weights, tmp_path / "empty", SETTINGS)
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
     assert not (folder / "features").exists()  # said before the long work
     with pytest.raises(ValueError, match=r"where small [0-9a-f]{8} has 6 features"):
-        scoring.score(metric, folder, weights, tmp_path / "other.npz", SETTINGS)
+        scoring.score_metric(metric, folder, weights, tmp_path / "other.npz", SETTINGS)
     with pytest.raises(ValueError, match=r"takes no --reference"):
-        scoring.score(find("is"), folder, weights, tmp_path, SETTINGS)
+        scoring.score_metric(find("is"), folder, weights, tmp_path, SETTINGS)
 
 
 def test_a_metric_of_prompts_needs_prompts(generated: Callable) -> None:
@@ -303,7 +303,7 @@ def test_a_metric_of_prompts_needs_prompts(generated: Callable) -> None:
 
 def test_features_are_kept_bit_for_bit(generated: Callable, reference: Path, weights: Path) -> None:
     folder, metric = generated(), small["small_metric"](weights)
-    scoring.score(metric, folder, weights, reference, SETTINGS)
+    scoring.score_metric(metric, folder, weights, reference, SETTINGS)
     (path,) = (folder / "features").glob("small-*/generated")
     pictures = Generated(folder)
     encoder = metric.features.build(weights / "small.pth", torch.device("cpu"))
@@ -351,7 +351,7 @@ def test_real_weights_of_a_package_tell_pictures_apart(generated: Callable, refe
     models = Path(found.origin).parent / "models"
     folder, metric = generated(4), find("frechet_efficientnet")
     (folder / "prompts.jsonl").write_text("".join(f'{{"index": {index}, "prompt": "x"}}\n' for index in range(4)))
-    (itself,) = scoring.score(metric, folder, models, folder, SETTINGS)
+    (itself,) = scoring.score_metric(metric, folder, models, folder, SETTINGS)
     assert abs(itself["value"]) < 1e-3
     command = ["eval", "score", metric.name, str(folder), f"--weights={models}", f"--reference={reference}"]
     said = CliRunner().invoke(app, command)
