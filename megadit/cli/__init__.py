@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megadit.cli.bench import bench
+from megadit.cli.bench import bench_app
 from megadit.cli.checkpoint import checkpoint_app
 from megadit.cli.data import data_app
 from megadit.cli.evaluation import eval_app
@@ -52,7 +52,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(interop_app, name="interop")
 app.add_typer(eval_app, name="eval")
-app.command()(bench)
+app.add_typer(bench_app, name="bench")
 app.command()(coord_check)
 app.command()(sweep)
 app.command()(transfer)

@@ -38,9 +38,9 @@ def verify_trajectory(
       megadit verify-trajectory quickstart training.precision=bf16 --tolerance 0.05
       megadit verify-trajectory quickstart model.width=64 model.depth=2 --resume
     """
-    from megadit.launcher import trajectory
+    from megadit.launcher import short_runs
 
-    verify = trajectory.verify_resume if resume else trajectory.verify_trajectory
+    verify = short_runs.verify_resume if resume else short_runs.verify_trajectory
     code, table = verify(recipe, overrides or [], steps, only, tolerance)
     print(table)
     raise typer.Exit(code)

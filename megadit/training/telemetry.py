@@ -23,7 +23,7 @@ from megadit.objectives import Losses
 from megadit.planning.ceilings import device_name, peak_flops
 from megadit.planning.flops import training_flops, training_tokens
 from megadit.recipe import Recipe
-from megadit.training.memory import peak_bytes
+from megadit.training.peak_memory import peak_bytes
 
 # "backward" ends with the reduction of the gradients and of their norm, "optimizer" with the averages.
 Phase = Literal["data", "forward", "backward", "optimizer", "checkpoint", "validation"]

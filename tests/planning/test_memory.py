@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megadit import models
+from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.parametrization.table import build_table
 from megadit.planning.memory import Memory, activation_bytes, predict
 from megadit.recipe import Recipe, load
-from megadit.training.synthetic import synthetic_batch
 
 TOKENS = 7
 

@@ -23,9 +23,9 @@ from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.checkpoint import CheckpointError, DamageError, Saver, extents, folders
+from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.reader import Reader
 from megadit.training.ema import Averages
-from megadit.training.flat_range import FlatRange
 
 NAMES = ["images-0000000016", "images-0000000032", "images-0000000048"]
 

@@ -8,13 +8,13 @@ import psutil
 import pytest
 import torch
 
+from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import ALONE, Axis, Topology
 from megadit.parametrization.table import build_table
 from megadit.planning.flops import training_flops
 from megadit.recipe import Recipe
 from megadit.training import memory
 from megadit.training.reporter import banner
-from megadit.training.synthetic import synthetic_batch
 from megadit.training.telemetry import PHASES, STEP_PHASES, Telemetry
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megadit.launcher.trajectory import verify_resume, verify_trajectory
-from megadit.training.trajectory import (
+from megadit.launcher.short_runs import verify_resume, verify_trajectory
+from megadit.training.comparing_runs import (
     MIN_STEPS_TO_RESUME,
     WAYS,
     Difference,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from megadit.benchmarks import synthetic
 from megadit.recipe import Recipe
-from megadit.training import synthetic
 from megadit.training.telemetry import Costs
 
 

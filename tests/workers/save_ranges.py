@@ -6,9 +6,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megadit.distributed import process_group
+from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.folders import FORMAT, Header
 from megadit.training.checkpoint.writer import Writer
-from megadit.training.flat_range import FlatRange
 
 
 def main(tensors: dict[str, Tensor], ranges: list[dict[str, tuple[int, int]]], folder: Path) -> None:

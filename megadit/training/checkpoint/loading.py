@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megadit.distributed import ALONE, Topology
 from megadit.engines.base import Engine
 from megadit.training.checkpoint import folders
+from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header
 from megadit.training.checkpoint.reader import Reader, find_damage
 from megadit.training.ema import Averages
-from megadit.training.flat_range import FlatRange
 
 Used = TypeVar("Used")
 logger = logging.getLogger(__name__)

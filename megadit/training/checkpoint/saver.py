@@ -20,11 +20,11 @@ from megadit.engines.base import Engine
 from megadit.recipe import Recipe
 from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.copies import Copies
+from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.folders import FORMAT, CheckpointError, Header
 from megadit.training.checkpoint.loading import newest_complete, slots_of, state_of
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
-from megadit.training.flat_range import FlatRange
 from megadit.training.watchdog import Watchdog
 
 LONGEST_WRITE = timedelta(days=1)  # ranks wait for the slowest writer and for rank 0's copy to S3

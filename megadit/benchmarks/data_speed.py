@@ -1,14 +1,11 @@
-"""The speed of the data plane beside what else there is, on this machine, in one run, from the same files.
-
-    python -m megadit.data.bench [--samples 144] [--rounds 3] [--minutes 0] [--workers 0]
+"""`megadit bench data`: the speed of the data plane beside what else there is, from the same files.
 
 A SeaweedFS server is started, with SA-1B-shaped shards and shards of latents. Pieces of work that are compared
 alternate; a ratio is the median over the rounds. "per core" counts the processor time of this process, its threads
-included; the server has the same cores. With --minutes, pictures are streamed for that long, by so many worker
-processes, and the memory of all of them is watched. A row without an aim is there to be known.
+included; the server has the same cores. Memory can be watched, too: of one process and its workers while they stream.
+A row without an aim is there to be known.
 """
 
-import argparse
 import io
 import json
 import os
@@ -31,9 +28,9 @@ from botocore.config import Config
 from PIL import Image
 from webdataset.gopen import gopen_schemes
 
-from megadit import timing
+from megadit.benchmarks.data_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
+from megadit.benchmarks.table import Cell, Table
 from megadit.data import sa1b_like
-from megadit.data.bench_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
 from megadit.data.format.index import PLACE, Index
 from megadit.data.format.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, ShardFacts
 from megadit.data.indexing.captions import CaptionTable, join
@@ -66,11 +63,16 @@ class Row:
     ratio: float
     aim: float | None = None
 
-    def cells(self) -> tuple[str, ...]:
-        aim, verdict = "", ""
-        if self.aim is not None:
-            aim, verdict = f"{self.aim:g}", "reached" if self.ratio >= self.aim else "missed"
-        return self.what, self.ours, self.baseline, f"{self.ratio:.2f}", aim, verdict
+    def cells(self) -> dict[str, Cell]:
+        verdict = "" if self.aim is None else "reached" if self.ratio >= self.aim else "missed"
+        return {
+            "what, beside": self.what,
+            "ours": self.ours,
+            "beside": self.baseline,
+            "ratio": self.ratio,
+            "aim": "" if self.aim is None else f"{self.aim:g}",
+            "": verdict,
+        }
 
 
 def alternate(
@@ -343,11 +345,11 @@ def memory_row(index_url: str, minutes: float, workers: int) -> Row:
     return Row(what, f"{most / 1e6:.0f}", f"{MEMORY_MB}", MEMORY_MB * 1e6 / most, 1 / 1.2)
 
 
-def format_table(rows: list[Row]) -> str:
-    """Aligned text."""
-    table = [("what, beside", "ours", "beside", "ratio", "aim", ""), *(row.cells() for row in rows)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
+def bench_data(samples: int, rounds: int, minutes: float, workers: int) -> Table:
+    """`samples` pictures of 1500 pixels, 0.8 MB each; memory is watched for `minutes`, with `workers` processes."""
+    with tempfile.TemporaryDirectory(prefix="megadit-bench-") as folder:
+        rows = [row.cells() for row in measure(Path(folder), samples, rounds, minutes, workers)]
+    return Table(f"the data plane, {samples} pictures", "what the row says after the comma; more is better", rows)
 
 
 def measure(folder: Path, samples: int, rounds: int, minutes: float, workers: int) -> Iterator[Row]:
@@ -369,21 +371,3 @@ def measure(folder: Path, samples: int, rounds: int, minutes: float, workers: in
         yield from order_rows()
         if minutes:
             yield memory_row(index_url, minutes, workers)
-
-
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=144, help="pictures of 1500 pixels, 0.8 MB each")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=0, help="how long memory is watched")
-    parser.add_argument("--workers", type=int, default=0, help="processes that stream meanwhile, at most 2")
-    arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="megadit-bench-") as folder:
-        rows = list(measure(Path(folder), arguments.samples, arguments.rounds, arguments.minutes, arguments.workers))
-    print(f"{timing.machine()}, {os.cpu_count()} cores of which {load:.1f} were busy before\n{format_table(rows)}")
-
-
-if __name__ == "__main__":
-    main()

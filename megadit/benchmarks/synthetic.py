@@ -14,7 +14,7 @@ from megadit import engines, objectives
 from megadit.batch import Batch
 from megadit.distributed import Topology, process_group
 from megadit.recipe import Recipe, parse
-from megadit.training.memory import reset_peak
+from megadit.training.peak_memory import reset_peak
 from megadit.training.telemetry import Costs, Telemetry
 
 WARMUP_STEPS = 2  # of each setting: memory is taken, kernels are chosen and blocks compiled
@@ -39,7 +39,7 @@ class Measured:
 
 
 def bench(recipe: Recipe, settings: Sequence[Setting], num_steps: int, text_tokens: int | None) -> list[Measured]:
-    """Train `num_steps` steps of the recipe's model in each setting. Ranks are those of RANK and WORLD_SIZE.
+    """Train `num_steps` steps of the recipe's model in each setting. Called by all ranks.
 
     `text_tokens` is the length of the captions, by default the most that the model takes. Raises ValueError for a
     setting that the recipe refuses.

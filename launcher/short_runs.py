@@ -24,18 +24,18 @@ def verify_trajectory(
     The exit code is 0 where every difference is within `tolerance`, else 1. Raises ValueError for an unknown engine,
     for a recipe that cannot be shared by its ranks, and where a run fails.
     """
-    from megadit.training import trajectory
+    from megadit.training import comparing_runs
 
-    ways = trajectory.parse_ways(names)
+    ways = comparing_runs.parse_ways(names)
     runs = _ShortRuns(source, overrides, num_steps, ["single", *ways])
     with tempfile.TemporaryDirectory(prefix="megadit-trajectory-") as folder:
         for name in ("single", *ways):
             logger.info("verify-trajectory: %s", name)
             runs.finish(name, Path(folder) / name)
         reference = Path(folder) / "single"
-        found = {name: trajectory.compare(Path(folder) / name, reference, runs.recipe) for name in ways}
+        found = {name: comparing_runs.compare(Path(folder) / name, reference, runs.recipe) for name in ways}
     passed = all(difference.within(tolerance) for difference in found.values())
-    return DONE if passed else FAILED, trajectory.table(found, tolerance, num_steps)
+    return DONE if passed else FAILED, comparing_runs.table(found, tolerance, num_steps)
 
 
 def verify_resume(
@@ -46,42 +46,42 @@ def verify_resume(
     A run is killed by SIGKILL to all ranks between two checkpoints, once for each engine; copies of it go on. Exit code
     and errors as of `verify_trajectory`, and ValueError for fewer steps than can be killed and resumed.
     """
-    from megadit.training import trajectory
+    from megadit.training import comparing_runs
 
-    ways = ["single", *trajectory.parse_ways(names)]
+    ways = ["single", *comparing_runs.parse_ways(names)]
     runs = _ShortRuns(source, overrides, num_steps, ways)
     recipe, found = runs.recipe, {}
-    kill_steps = {name: trajectory.kill_step(name, recipe, num_steps) for name in ways}
-    resumable = trajectory.resumable(recipe, num_steps)
+    kill_steps = {name: comparing_runs.kill_step(name, recipe, num_steps) for name in ways}
+    resumable = comparing_runs.resumable(recipe, num_steps)
     with tempfile.TemporaryDirectory(prefix="megadit-trajectory-") as folder:
         reference = Path(folder) / "reference"
         runs.finish("single", reference)
         for first in ways:
             killed = Path(folder) / first
             at_step = _kill(runs, first, killed, kill_steps[first], resumable)
-            from_step = trajectory.resumes_after(killed)
-            found[first] = trajectory.Killed(at_step, from_step, {})
+            from_step = comparing_runs.resumes_after(killed)
+            found[first] = comparing_runs.Killed(at_step, from_step, {})
             for then in ways:
                 logger.info("verify-trajectory: killed on %s after step %d, resumed on %s", first, at_step, then)
                 with _copy(killed, then) as run:
                     runs.finish(then, run, *resumable)
-                    trajectory.require_resumed(run, killed, from_step)
-                    found[first].resumed[then] = trajectory.compare(run, reference, recipe, from_step)
+                    comparing_runs.require_resumed(run, killed, from_step)
+                    found[first].resumed[then] = comparing_runs.compare(run, reference, recipe, from_step)
     passed = all(difference.within(tolerance) for killed in found.values() for difference in killed.resumed.values())
-    return DONE if passed else FAILED, trajectory.resume_table(found, tolerance, num_steps)
+    return DONE if passed else FAILED, comparing_runs.resume_table(found, tolerance, num_steps)
 
 
 class _ShortRuns:
     """Runs of one recipe for a few steps, on any of the engines `names`."""
 
     def __init__(self, source: str, overrides: Sequence[str], num_steps: int, names: Sequence[str]) -> None:
-        from megadit.training import trajectory
+        from megadit.training import comparing_runs
 
         self.recipe = load(source, overrides)
         self._source = source
-        self._num_ranks = {name: trajectory.way_of(name)[1] for name in names}
+        self._num_ranks = {name: comparing_runs.way_of(name)[1] for name in names}
         self._overrides = {
-            name: [*overrides, *trajectory.overrides_of(trajectory.way_of(name), self.recipe, num_steps)]
+            name: [*overrides, *comparing_runs.overrides_of(comparing_runs.way_of(name), self.recipe, num_steps)]
             for name in names
         }
         for changes in self._overrides.values():
@@ -102,16 +102,16 @@ class _ShortRuns:
 
 def _kill(runs: _ShortRuns, name: str, run: Path, step: int, overrides: Sequence[str]) -> int:
     """Begin a run and kill it after `step`. Returns the last step that it has logged."""
-    from megadit.training import trajectory
+    from megadit.training import comparing_runs
 
     with runs.start(name, run, *overrides) as ranks:
-        while trajectory.num_logged_steps(run) < step:
+        while comparing_runs.num_logged_steps(run) < step:
             if ranks.has_ended():
                 ranks.finish()
                 raise ValueError(f"the run on {name} ended before it could be killed after step {step}")
             time.sleep(POLL_SECONDS)
         ranks.kill()
-    return trajectory.num_logged_steps(run)
+    return comparing_runs.num_logged_steps(run)
 
 
 @contextmanager

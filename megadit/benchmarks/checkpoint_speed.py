@@ -1,24 +1,22 @@
-"""Checkpoint speed on this machine: bandwidth beside dd's, and how long training stands still.
+"""`megadit bench checkpoint`: bandwidth beside dd's, and how long training stands still.
 
-`python -m megadit.training.bench_checkpoint [RECIPE] [KEY=VALUE ...] [--folder .] [--rounds 5]`. One process saves and
-loads the state of the recipe's model. In each round dd copies the data file that was just written (conv=fsync) into the
-same folder, and reads the one that was loaded: the same bytes, since disks and hypervisors make short work of zeros.
-Files are dropped from the page cache before they are read. Ratios are medians over the rounds.
+One process saves and loads the state of the recipe's model. In each round dd copies the data file that was just written
+(conv=fsync) into the same folder, and reads the one that was loaded: the same bytes, since disks and hypervisors make
+short work of zeros. Files are dropped from the page cache before they are read. Ratios are medians over the rounds.
 """
 
-import argparse
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megadit import engines, recipe as recipes, timing
+from megadit import engines, recipe as recipes
+from megadit.benchmarks.table import Cell, Table
 from megadit.distributed import ALONE
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
@@ -30,8 +28,14 @@ BLOCK_BYTES = 4 * 2**20
 DATA = "rank-0.bin"  # all but the header and the index
 
 
-def measure(recipe: Recipe, folder: Path, num_rounds: int) -> str:
-    """The table that the command prints."""
+def bench_checkpoint(source: str, overrides: Sequence[str], folder: Path, num_rounds: int) -> Table:
+    """`folder` is on the disk to measure; `overrides` come after DEFAULTS."""
+    recipe = recipes.load(source, [*DEFAULTS, *overrides])
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        return _measure(recipe, Path(scratch), num_rounds)
+
+
+def _measure(recipe: Recipe, folder: Path, num_rounds: int) -> Table:
     engine = engines.build(recipe, ALONE)
     averages = Averages(engine.shards, recipe.training.ema_rates, recipe.training.ema_power_stds)
     rows: dict[str, list[float]] = {}
@@ -69,19 +73,23 @@ def measure(recipe: Recipe, folder: Path, num_rounds: int) -> str:
     return _table(rows, num_bytes)
 
 
-def _table(rows: dict[str, list[float]], num_bytes: int) -> str:
-    lines = [f"{num_bytes / 1e9:.2f} GB, median of {len(rows['save'])} rounds", f"{'':<18}{'s':>8}{'GB/s':>8}"]
-    for row in ("save", "dd write", "async stall", "load", "dd read"):
-        seconds = statistics.median(rows[row])
-        lines.append(f"{row:<18}{seconds:>8.2f}{num_bytes / 1e9 / seconds:>8.2f}")
-    for name, ours, theirs in (
-        ("bandwidth of a save / dd's", "dd write", "save"),
-        ("bandwidth of a load, verified / dd's", "dd read", "load"),
-        ("stall of an asynchronous save / a synchronous one", "async stall", "save"),
-    ):
-        ratios = [a / b for a, b in zip(rows[ours], rows[theirs], strict=True)]
-        lines.append(f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return "\n".join(lines)
+def _table(seconds: dict[str, list[float]], num_bytes: int) -> Table:
+    def row(what: str, ours: str, theirs: str) -> dict[str, Cell]:
+        ratios = [one / other for one, other in zip(seconds[ours], seconds[theirs], strict=True)]
+        found: dict[str, Cell] = {"what": what, "ratio": statistics.median(ratios)}
+        for name, action in (("ours", what), ("theirs", ours if theirs == what else theirs)):
+            found[f"s, {name}"] = statistics.median(seconds[action])
+        return found | {"least": min(ratios), "most": max(ratios)}
+
+    return Table(
+        title=f"{num_bytes / 1e9:.2f} GB, median of {len(seconds['save'])} rounds",
+        baseline="bandwidth of dd, for a save and a verified load; time of a synchronous save, for a stall",
+        rows=[
+            row("save", "dd write", "save"),
+            row("load", "dd read", "load"),
+            row("async stall", "async stall", "save"),
+        ],
+    )
 
 
 def _path(folder: Path, images_seen: int) -> Path:
@@ -97,24 +105,3 @@ def _drop_from_cache(files: Iterable[Path]) -> None:
     for file in files:
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def main() -> int:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m megadit.training.bench_checkpoint", description=__doc__)
-    parser.add_argument("recipe", nargs="?", default="quickstart", help="name or path of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"after {' '.join(DEFAULTS)}")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-
-    def table() -> str:
-        recipe = recipes.load(args.recipe, [*DEFAULTS, *args.overrides])
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            return measure(recipe, Path(folder), args.rounds)
-
-    return timing.print_table(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,23 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megadit.data.bench import Row, format_table, write_latents
-from megadit.data.bench_memory import growth_bytes, run_elsewhere, simulate_order
+from megadit.benchmarks.data_memory import growth_bytes, run_elsewhere, simulate_order
+from megadit.benchmarks.data_speed import write_latents
 from megadit.data.format.manifest import ImageFacts
 from megadit.data.loading.chunks import ChunkReader
 
 
-def test_the_table() -> None:
-    rows = [Row("a, b", "12", "7", 1.7142, 1.3), Row("a, long name", "1", "2", 0.5, 0.9), Row("c", "1", "1", 1)]
-    assert format_table(rows).splitlines()[1:] == [
-        "a, b          12    7       1.71   1.3  reached",
-        "a, long name  1     2       0.50   0.9  missed ",
-        "c             1     1       1.00               ",
-    ]
-
-
 def test_latents_are_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megadit.data.bench.LATENTS_PER_SHARD", 20)
+    monkeypatch.setattr("megadit.benchmarks.data_speed.LATENTS_PER_SHARD", 20)
     write_latents(tmp_path)
     reader = ChunkReader(str(tmp_path))
     assert reader.manifest.num_samples == 80

@@ -1,8 +1,6 @@
 """Two pieces of work timed beside each other: what benchmarks measure ratios with."""
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,21 +39,3 @@ def time_pairs(first: Callable[[], object], second: Callable[[], object], num_pa
             seconds[work] = time.perf_counter() - start
         pairs.append((seconds[first], seconds[second]))
     return Pairs(pairs[WARMUP_PAIRS:])
-
-
-def machine() -> str:
-    """The GPU, or the CPU and its threads, with torch's version."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def print_table(table: Callable[[], str]) -> int:
-    """Print what a benchmark measured, or the line that says what was wrong with its arguments; the exit code."""
-    try:
-        lines = table()
-    except ValueError as error:
-        sys.stderr.write(f"megadit: error: {error}\n")
-        return 1
-    sys.stdout.write(lines + "\n")
-    return 0

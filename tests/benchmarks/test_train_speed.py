@@ -1,6 +1,6 @@
 """`megadit bench` on a real recipe: the table, several settings, several ranks, bad input."""
 
-import re
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,33 +8,33 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from megadit.benchmarks import synthetic
+from megadit.benchmarks.synthetic import Setting, synthetic_batch
+from megadit.benchmarks.train_speed import parse_settings
 from megadit.cli import app
 from megadit.recipe import Recipe
-from megadit.training import synthetic
-from megadit.training.bench_table import parse_settings
-from megadit.training.synthetic import Setting, synthetic_batch
 
 WITHOUT_DATA = "data.url=/absent"
 
 
-def test_a_table_of_micro_batches_and_levels(tiny_yaml: Path) -> None:
+def test_a_table_of_micro_batches_and_levels(tiny_yaml: Path, tmp_path: Path) -> None:
     arguments = ["--micro-batch", "2,8", "--activation-checkpointing", "none,2", "--steps", "2"]
-    result = CliRunner().invoke(app, ["bench", str(tiny_yaml), WITHOUT_DATA, *arguments])
+    file = tmp_path / "train.json"
+    result = CliRunner().invoke(app, ["bench", "train", str(tiny_yaml), WITHOUT_DATA, *arguments, "--json", str(file)])
     assert result.exit_code == 0, result.output
-    title, headings, *rows = result.stdout.splitlines()
-    assert title.startswith("tiny: mmdit of width 64 and depth 2, fp32, engine single on 1 rank(s) of CPU, blocks not")
-    assert re.split(r"  +", headings.strip())[:6] == [
-        "micro-batch", "checkpointing", "images/s", "tokens/s", "TFLOP/s", "MFU",
+    (table,) = json.loads(file.read_text())
+    assert table["title"].startswith(
+        "tiny: mmdit of width 64 and depth 2, fp32, engine single on 1 rank(s), blocks not"
+    )
+    rows = table["rows"]
+    assert [(row["micro-batch"], row["checkpointing"], row["MFU"]) for row in rows] == [
+        (2, "none", None), (8, "none", None), (2, "2", None), (8, "2", None),
     ]  # fmt: skip
-    cells = [row.split() for row in rows]
-    assert [(row[0], row[1], row[5]) for row in cells] == [
-        ("2", "none", "n/a"), ("8", "none", "n/a"), ("2", "2", "n/a"), ("8", "2", "n/a"),
-    ]  # fmt: skip
-    for row in cells:
-        images, tokens, milliseconds = float(row[2]), float(row[3]), float(row[7])
-        assert images == pytest.approx(int(row[0]) / milliseconds * 1000, rel=0.1)
-        assert tokens == pytest.approx(images * (16 + 77), rel=0.1)
-        assert sum(int(share.removesuffix("%")) for share in row[8:]) == pytest.approx(100, abs=2)
+    for row in rows:
+        assert row["images/s"] == pytest.approx(row["micro-batch"] / row["ms/step"] * 1000, rel=0.1)
+        assert row["tokens/s"] == pytest.approx(row["images/s"] * (16 + 77), rel=0.1)
+        assert row["ratio"] == pytest.approx(row["images/s"] / rows[0]["images/s"])
+        assert sum(row[phase] for phase in ("forward", "backward", "optimizer")) == pytest.approx(1, abs=0.02)
 
 
 def test_ranks_measure_together(run_ranks: Callable, tiny_recipe: Callable[..., Recipe]) -> None:

@@ -1,13 +1,9 @@
-"""Speed of evaluation on this machine: GFLOP/s of the networks, seconds to score 50,000 vectors of 2048 features.
-
-    python -m megadit.eval.bench [--vectors 50000] [--reference 10000] [--batch-size 8] [--pairs 3]
+"""`megadit bench eval`: GFLOP/s of the networks, seconds to score vectors of 2048 features.
 
 Networks have random weights; a plain matrix product of 2048 x 2048 in float32 is the baseline, timed in turn with each.
 Floating-point operations are counted by torch (two for a multiply-add), not taken from a table.
 """
 
-import argparse
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from megadit.benchmarks.pairs import time_pairs
+from megadit.benchmarks.table import Cell, Table
 from megadit.eval.metrics.frechet import Moments, frechet, frechet_stderr
 from megadit.eval.metrics.precision_recall import precision_recall
 from megadit.eval.networks.efficientnet import EfficientNetLite0
 from megadit.eval.networks.inception import POOL_DIM, Inception
-from megadit.timing import machine, time_pairs
-
-logger = logging.getLogger(__name__)
 
 PRODUCT_SIZE = 2048
 DINOV2_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
@@ -54,10 +49,9 @@ def _networks() -> dict[str, tuple[Callable[[], nn.Module], int, Callable[[nn.Mo
 
 
 @torch.inference_mode()
-def bench_networks(batch_size: int, num_pairs: int) -> None:
-    """Print GFLOP an image, images/s, and GFLOP/s beside those of a matrix product."""
-    matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
-    logger.info("%-20s %12s %10s %10s %22s", "network", "GFLOP/image", "images/s", "GFLOP/s", "share of the product's")
+def bench_networks(batch_size: int, num_pairs: int) -> Table:
+    """GFLOP an image, images/s, and GFLOP/s beside those of a matrix product."""
+    matrix, rows = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE), []
     for name, (build, size, call) in _networks().items():
         network = call(build().eval())
         images = torch.randn(batch_size, 3, size, size)
@@ -66,15 +60,17 @@ def bench_networks(batch_size: int, num_pairs: int) -> None:
         gflop = counter.get_total_flops() / 1e9
         pairs = time_pairs(lambda: matrix @ matrix, lambda: network(images), num_pairs)  # noqa: B023, called in here
         speed = gflop / pairs.median_ms(1) * 1000
-        baseline = 2 * PRODUCT_SIZE**3 / 1e9 / pairs.median_ms(0) * 1000
-        logger.info(
-            "%-20s %12.2f %10.2f %10.1f %21.0f%%",
-            name,
-            gflop / batch_size,
-            batch_size / pairs.median_ms(1) * 1000,
-            speed,
-            100 * speed / baseline,
+        product = 2 * PRODUCT_SIZE**3 / 1e9 / pairs.median_ms(0) * 1000
+        rows.append(
+            {
+                "network": name,
+                "GFLOP/image": gflop / batch_size,
+                "images/s": batch_size / pairs.median_ms(1) * 1000,
+                "GFLOP/s": speed,
+                "ratio": speed / product,
+            }
         )
+    return Table("networks of evaluation, fp32", f"GFLOP/s of a product of {PRODUCT_SIZE} x {PRODUCT_SIZE}", rows)
 
 
 def _isotropic(num: int, reference: bool, draws: torch.Generator) -> Tensor:
@@ -91,44 +87,32 @@ def _clustered(num: int, reference: bool, draws: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def bench_scores(num_vectors: int, num_reference: int, draw: Callable[[int, bool, torch.Generator], Tensor]) -> None:
-    """Print the seconds, and CPU seconds, of a Frechet distance with its error and of precision and recall."""
+def bench_scores(num_vectors: int, num_reference: int, draw: Callable[[int, bool, torch.Generator], Tensor]) -> Table:
+    """The seconds, and CPU seconds, of a Frechet distance with its error and of precision and recall."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = draw(num_vectors, False, generator), draw(num_reference, True, generator)
+    rows: list[dict[str, Cell]] = []
+    with _timed("means and covariances, float64", rows):
+        statistics, reference = (Moments.of(features).statistics() for features in (ours, theirs))
+    with _timed("Frechet distance", rows):
+        distance = frechet(statistics, reference)
+    with _timed("its standard error", rows):
+        frechet_stderr(ours, statistics, reference, distance.transport_DD)
+    with _timed("precision and recall", rows):
+        precision_recall(ours, theirs)
+    total = sum(float(row["s"] or 0) for row in rows)
     kind = f"{num_vectors} {draw.__name__.strip('_')} vectors of {POOL_DIM} against {num_reference}"
-    logger.info("%-44s %10s %8s", kind, "s", "CPU s")
-    with _timed("together"):
-        with _timed("means and covariances, float64"):
-            statistics, reference = (Moments.of(features).statistics() for features in (ours, theirs))
-        with _timed("Frechet distance"):
-            distance = frechet(statistics, reference)
-        with _timed("its standard error"):
-            frechet_stderr(ours, statistics, reference, distance.transport_DD)
-        with _timed("precision and recall"):
-            precision_recall(ours, theirs)
+    return Table(kind, "time of all of it", [row | {"ratio": float(row["s"] or 0) / total} for row in rows])
 
 
 @contextmanager
-def _timed(what: str) -> Iterator[None]:
+def _timed(what: str, rows: list[dict[str, Cell]]) -> Iterator[None]:
     start, cpu_start = time.perf_counter(), time.process_time()
     yield
-    logger.info("  %-42s %10.1f %8.1f", what, time.perf_counter() - start, time.process_time() - cpu_start)
+    rows.append({"what": what, "s": time.perf_counter() - start, "CPU s": time.process_time() - cpu_start})
 
 
-def main() -> None:
-    """Print both tables."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m megadit.eval.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--vectors", type=int, default=50_000)
-    parser.add_argument("--reference", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=3)
-    options = parser.parse_args()
-    logger.info("%s", machine())
-    bench_networks(options.batch_size, options.pairs)
-    for draw in (_isotropic, _clustered):
-        bench_scores(options.vectors, options.reference, draw)
-
-
-if __name__ == "__main__":
-    main()
+def bench_eval(num_vectors: int, num_reference: int, batch_size: int, num_pairs: int) -> list[Table]:
+    """The networks, then scores of vectors of either kind."""
+    scores = [bench_scores(num_vectors, num_reference, draw) for draw in (_isotropic, _clustered)]
+    return [bench_networks(batch_size, num_pairs), *scores]

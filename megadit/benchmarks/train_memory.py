@@ -1,31 +1,29 @@
-"""The memory of sharded training on this machine's processors, beside what `planning/memory.py` predicts.
+"""`megadit bench memory`: what a rank holds on this machine's processors, beside what `planning/memory.py` predicts.
 
-`python -m megadit.training.bench_memory [RECIPE] [KEY=VALUE ...] [--ranks 1,2,4] [--engines fsdp,zero3]`. Each row is
-a new set of processes that train a few steps on synthetic data. Measured is the most resident memory of a rank above
-what it held before its engine was built, and after a small model of the same family was trained: libraries and code
-do not count. Linux only. glibc gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), as allocators of GPUs
-would use it again.
+Each row is a new set of processes that train a few steps on synthetic data. Measured is the most resident memory of a
+rank above what it held before its engine was built, and after a small model of the same family was trained: libraries
+and code do not count. Linux only. glibc gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), as allocators of
+GPUs would use it again.
 """
 
-import argparse
 import gc
 import multiprocessing
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
 
-from megadit import engines, objectives, recipe as recipes, timing
+from megadit import engines, objectives, recipe as recipes
+from megadit.benchmarks.synthetic import synthetic_batch
+from megadit.benchmarks.table import Cell, Table
 from megadit.distributed import Topology, process_group
 from megadit.planning.memory import predict
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
-from megadit.training.memory import peak_bytes, reset_peak
-from megadit.training.synthetic import synthetic_batch
+from megadit.training.peak_memory import peak_bytes, reset_peak
 
 DEFAULTS = (  # 36 million parameters with the quickstart: states outweigh what does not shrink with the ranks
     "model.width=512",
@@ -44,12 +42,12 @@ CPU = torch.device("cpu")
 ITEMS = ("weights", "optimizer_state", "averages", "gradients", "gathered", "activations")
 
 
-def compare(source: str, overrides: Sequence[str], names: Sequence[str], ranks: Sequence[int]) -> str:
-    """The table that the command prints, all figures in MiB of the rank that holds most.
+def bench_memory(source: str, overrides: Sequence[str], names: Sequence[str], ranks: Sequence[int]) -> Table:
+    """All figures are in MiB, of the rank that holds most; `overrides` come after DEFAULTS.
 
     Raises ValueError for an engine that is not in ENGINES and what the recipe refuses.
     """
-    rows: list[tuple[str, ...]] = [("engine", "ranks", *ITEMS, "predicted", "measured", "ratio")]
+    rows: list[dict[str, Cell]] = []
     for name in names:
         if name not in ENGINES:
             raise ValueError(f"{name!r} is not one of {', '.join(ENGINES)}")
@@ -60,11 +58,10 @@ def compare(source: str, overrides: Sequence[str], names: Sequence[str], ranks: 
             settings = (f"engine.kind={kind}", f"engine.num_replicas={num_replicas}", f"engine.num_ranks={num_ranks}")
             recipe = recipes.load(source, [*DEFAULTS, *overrides, *settings])
             predicted, found = predict(recipe, num_ranks, TEXT_TOKENS), max(measure(recipe))
-            items = (f"{getattr(predicted, item) / MIB:.0f}" for item in ITEMS)
-            totals = (f"{predicted.peak / MIB:.0f}", f"{found / MIB:.0f}", f"{found / predicted.peak:.2f}")
-            rows.append((name, str(num_ranks), *items, *totals))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+            items: dict[str, Cell] = {item.replace("_", " "): round(getattr(predicted, item) / MIB) for item in ITEMS}
+            totals: dict[str, Cell] = {"predicted": round(predicted.peak / MIB), "measured": round(found / MIB)}
+            rows.append({"engine": name, "ranks": num_ranks, **items, **totals, "ratio": found / predicted.peak})
+    return Table(f"memory of a rank of {source}, MiB", "what the formula predicts", rows)
 
 
 def measure(recipe: Recipe) -> list[int]:
@@ -128,25 +125,9 @@ def _train(recipe: Recipe, topology: Topology) -> None:
         averages.update(step)
 
 
-def _parse_ranks(numbers: str) -> list[int]:
+def parse_ranks(numbers: str) -> list[int]:
+    """`1,2` as [1, 2]. Raises ValueError for anything else."""
     parts = numbers.split(",")
     if wrong := [part for part in parts if not (part.isdecimal() and int(part))]:
         raise ValueError(f"--ranks takes whole numbers with commas between, not {wrong[0]!r}")
     return [int(part) for part in parts]
-
-
-def main() -> int:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m megadit.training.bench_memory", description=__doc__)
-    parser.add_argument("recipe", nargs="?", default="quickstart", help="name or path of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"after {' '.join(DEFAULTS)}")
-    parser.add_argument("--engines", default="fsdp,zero3", help=f"of {', '.join(ENGINES)}, with commas between")
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, with commas between")
-    args = parser.parse_args()
-    return timing.print_table(
-        lambda: compare(args.recipe, args.overrides, args.engines.split(","), _parse_ranks(args.ranks))
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
