@@ -30,13 +30,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     title: str
     columns: list[str]
     lines: list[Line]
 
 
-def headline(runs: Sequence[Run]) -> Table:
+def headline(runs: Sequence[Run]) -> ScoreTable:
     """Every metric that some run has: value, standard error, number of images."""
     metrics = sorted({metric for run in runs for metric in run.scores})
     lines = []
@@ -49,10 +49,10 @@ def headline(runs: Sequence[Run]) -> Table:
         counts = {score["n"] for score in scores if score}
         better = "higher is better" if upwards else "lower is better"
         lines.append(Line(metric, cells, f"{better}, n = {' / '.join(map(str, sorted(counts)))}"))
-    return Table("Scores", [run.name for run in runs], lines)
+    return ScoreTable("Scores", [run.name for run in runs], lines)
 
 
-def groups(runs: Sequence[Run]) -> list[Table]:
+def groups(runs: Sequence[Run]) -> list[ScoreTable]:
     """For every metric with numbers by category or tag: those."""
     tables = []
     for metric in sorted({metric for run in runs for metric, score in run.scores.items() if score["groups"]}):
@@ -66,11 +66,11 @@ def groups(runs: Sequence[Run]) -> list[Table]:
             best = _best(values, upwards)
             pairs = zip(values, errors, strict=True)
             lines.append(Line(name, [Cell(_number(value, error), value == best, value) for value, error in pairs]))
-        tables.append(Table(metric, [run.name for run in runs], lines))
+        tables.append(ScoreTable(metric, [run.name for run in runs], lines))
     return tables
 
 
-def settings(runs: Sequence[Run]) -> Table:
+def settings(runs: Sequence[Run]) -> ScoreTable:
     """How each run was made; `note` says which lines differ."""
     manifests = [_flatten(run.manifest) for run in runs]
     keys = list(dict.fromkeys(key for manifest in manifests for key in manifest))
@@ -78,7 +78,7 @@ def settings(runs: Sequence[Run]) -> Table:
     for key in keys:
         texts = [manifest.get(key, NOTHING) for manifest in manifests]
         lines.append(Line(key, [Cell(text) for text in texts], "differs" if len(set(texts)) > 1 else ""))
-    return Table("How the images were made", [run.name for run in runs], lines)
+    return ScoreTable("How the images were made", [run.name for run in runs], lines)
 
 
 def protocols(runs: Sequence[Run]) -> list[str]:
@@ -103,7 +103,7 @@ def _reference(score: Mapping[str, Any]) -> Any:
     return {key: value for key, value in reference.items() if key != "name"}
 
 
-def markdown(tables: Sequence[Table], remarks: Sequence[str]) -> str:
+def markdown(tables: Sequence[ScoreTable], remarks: Sequence[str]) -> str:
     """The tables for a README; the best of a line is bold."""
     parts = []
     for table in tables:

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from megadit.eval.report import tables
 from megadit.eval.report.collect import GENEVAL, Run, collect, failures
-from megadit.eval.report.tables import Cell, Table
+from megadit.eval.report.tables import Cell, ScoreTable
 from megadit.eval.report.template import PAGE
 from megadit.eval.report.thumbnails import Picture, thumbnail, with_boxes
 from megadit.eval.units import Unit
@@ -93,7 +93,7 @@ def _failures(run: Run, metric: str) -> dict[str, Any]:
     return {"name": run.name, "metric": metric, "failures": shown}
 
 
-def _widths(cells: Sequence[Cell], table: Table) -> list[float]:
+def _widths(cells: Sequence[Cell], table: ScoreTable) -> list[float]:
     """The lengths of a line's bars, in percent of the largest magnitude of the table."""
     largest = max(abs(cell.value) for line in table.lines for cell in line.cells if cell.value is not None) or 1.0
     return [round(100 * abs(cell.value) / largest, 1) if cell.value is not None else 0.0 for cell in cells]

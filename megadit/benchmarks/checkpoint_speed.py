@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit import engines, recipe as recipes
-from megadit.benchmarks.table import Cell, Table
+from megadit.benchmarks.findings import Cell, Table
 from megadit.distributed import ALONE
 from megadit.recipe import Recipe
 from megadit.training import checkpoint

@@ -29,7 +29,7 @@ from PIL import Image
 from webdataset.gopen import gopen_schemes
 
 from megadit.benchmarks.data_memory import PIXELS, growth_bytes, run_elsewhere, simulate_order
-from megadit.benchmarks.table import Cell, Table
+from megadit.benchmarks.findings import Cell, Table
 from megadit.data import sa1b_like
 from megadit.data.format.index import PLACE, Index
 from megadit.data.format.manifest import FORMAT_VERSION, LATENT, MANIFEST_NAME, LatentFacts, Manifest, ShardFacts

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from megadit.benchmarks.findings import Cell, Table
 from megadit.benchmarks.pairs import time_pairs
-from megadit.benchmarks.table import Cell, Table
 from megadit.eval.metrics.frechet import Moments, frechet, frechet_stderr
 from megadit.eval.metrics.precision_recall import precision_recall
 from megadit.eval.networks.efficientnet import EfficientNetLite0

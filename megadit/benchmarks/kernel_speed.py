@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadit.benchmarks.findings import Cell, Table
 from megadit.benchmarks.pairs import time_pairs
-from megadit.benchmarks.table import Cell, Table
 from megadit.kernels.attention import attention
 from megadit.kernels.gelu import gelu_tanh
 from megadit.kernels.joint_qkv import joint_qkv, joint_qkv_reference

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from megadit import models
+from megadit.benchmarks.findings import Table
 from megadit.benchmarks.pairs import time_pairs
 from megadit.benchmarks.synthetic import synthetic_batch
-from megadit.benchmarks.table import Table
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import format_of
 from megadit.recipe import Recipe

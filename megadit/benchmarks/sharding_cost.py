@@ -7,9 +7,9 @@ FSDP2 alternate; the ratio is the median over pairs.
 from functools import partial
 
 from megadit import engines, objectives
+from megadit.benchmarks.findings import Table
 from megadit.benchmarks.pairs import time_pairs
 from megadit.benchmarks.synthetic import synthetic_batch
-from megadit.benchmarks.table import Table
 from megadit.distributed import process_group
 from megadit.recipe import Recipe, parse
 

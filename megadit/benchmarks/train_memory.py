@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from megadit import engines, objectives, recipe as recipes
+from megadit.benchmarks.findings import Cell, Table
 from megadit.benchmarks.synthetic import synthetic_batch
-from megadit.benchmarks.table import Cell, Table
 from megadit.distributed import Topology, process_group
 from megadit.planning.memory import predict
 from megadit.recipe import Recipe

@@ -10,8 +10,8 @@ from megadit.launcher.join import launch_or_join
 from megadit.recipe import Recipe, load
 
 if TYPE_CHECKING:
+    from megadit.benchmarks.findings import Cell, Table
     from megadit.benchmarks.synthetic import Measured, Setting
-    from megadit.benchmarks.table import Cell, Table
 
 
 def bench_train(
@@ -62,7 +62,7 @@ def parse_settings(
 
 def table_of(recipe: Recipe, measured: Sequence["Measured"], world_size: int) -> "Table":
     """Rates are over all ranks, TFLOP/s and memory of one; the split of a step is in shares of its time."""
-    from megadit.benchmarks.table import Table
+    from megadit.benchmarks.findings import Table
 
     speeds = [item.costs.images_per_second for item in measured if item.costs is not None]
     return Table(

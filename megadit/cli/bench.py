@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from megadit.cli.options import Overrides, RecipeName
 
 if TYPE_CHECKING:
-    from megadit.benchmarks.table import Table
+    from megadit.benchmarks.findings import Table
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Pairs = Annotated[int, typer.Option(min=1, help="Pairs of steps to time, after two to warm up.")]
@@ -214,7 +214,7 @@ def kernels(
 
 
 def _show(tables: Sequence["Table"], json: Path | None) -> None:
-    from megadit.benchmarks.table import write_json
+    from megadit.benchmarks.findings import write_json
 
     print("\n\n".join(map(str, tables)))
     if json is not None:

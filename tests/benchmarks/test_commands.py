@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from megadit.benchmarks.findings import Table
 from megadit.benchmarks.kernel_speed import saved_bytes
-from megadit.benchmarks.table import Table
 from megadit.cli import app
 from megadit.kernels.gelu import gelu_tanh
 
