@@ -1,6 +1,5 @@
 """The loss curve of a run as a picture, from its metrics.jsonl."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from megadit.journal import read_file
 
 
 def draw(run: Path, out: Path) -> Path:
@@ -38,7 +39,7 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run} is not the folder of a run that has begun: it has no metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_file(path)
     train = [line for line in lines if line["kind"] == "train"]
     if not train:
         raise ValueError(f"{path} has no line of training yet")

@@ -45,9 +45,13 @@ def to_lines(*records: Mapping[str, Any]) -> bytes:
 def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of all ranks that are lines of JSON, by rank and in their order."""
     for path in sorted(folder.glob("rank-*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """The lines of one file; half a line at its end, cut short or still being written, is left out."""
+    data = path.read_bytes()
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
 def read_arrays(folder: Path, dtype: np.dtype[np.void]) -> Iterator["np.memmap[tuple[int], np.dtype[np.void]]"]:

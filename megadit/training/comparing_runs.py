@@ -1,13 +1,13 @@
 """Whether one recipe gives one curve on every engine and number of ranks, and from one to another: what
 `megadit verify-trajectory` compares."""
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megadit.journal import read_file
 from megadit.recipe import Recipe
 from megadit.training import checkpoint
 from megadit.training.ema import average_names
@@ -184,8 +184,7 @@ def _interval(num_steps: int) -> int:
 
 
 def _steps(run: Path) -> Sequence[Mapping[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
+    return [line for line in read_file(run / "metrics.jsonl") if line["kind"] == "train"]
 
 
 def _in_norm(run: Path, reference: Path, kind: str) -> float:

@@ -4,13 +4,13 @@ A value is of a metric: `training/NAME` or `validation/NAME`, where NAME is one 
 the weighted sum that training minimises: under other weights it is another number.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadit.journal import read_file
 from megadit.recipe import Recipe
 
 WHERE, LOSS = ("training", "validation"), "loss"
@@ -44,9 +44,7 @@ class Curve:
     def read(run: Path) -> "Curve":
         """Read the curve of a run that logs each step; a line that is still being written is left out."""
         path = run / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = read_file(path) if path.exists() else []
         validation = [line for line in lines if line["kind"] == "validation" and line["weights"] == "raw"]
         return Curve(
             training=[line for line in lines if line["kind"] == "train"],

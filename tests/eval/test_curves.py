@@ -59,7 +59,10 @@ def test_the_lines_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert drawn["timestep 0.666667 to 1"][1][0] == 2.0
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no metrics.jsonl"), ("", "no line of training")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no metrics.jsonl"), ("", "no line of training"), ('{"kind": "tra', "no line of training")],
+)
 def test_a_run_without_metrics(text: str | None, message: str, tmp_path: Path):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
