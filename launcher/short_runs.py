@@ -24,7 +24,7 @@ def verify_trajectory(
     The exit code is 0 where every difference is within `tolerance`, else 1. Raises ValueError for an unknown engine,
     for a recipe that cannot be shared by its ranks, and where a run fails.
     """
-    from megadit.training import comparing_runs
+    from megadit.launcher import comparing_runs
 
     ways = comparing_runs.parse_ways(names)
     runs = _ShortRuns(source, overrides, num_steps, ["single", *ways])
@@ -46,7 +46,7 @@ def verify_resume(
     A run is killed by SIGKILL to all ranks between two checkpoints, once for each engine; copies of it go on. Exit code
     and errors as of `verify_trajectory`, and ValueError for fewer steps than can be killed and resumed.
     """
-    from megadit.training import comparing_runs
+    from megadit.launcher import comparing_runs
 
     ways = ["single", *comparing_runs.parse_ways(names)]
     runs = _ShortRuns(source, overrides, num_steps, ways)
@@ -75,7 +75,7 @@ class _ShortRuns:
     """Runs of one recipe for a few steps, on any of the engines `names`."""
 
     def __init__(self, source: str, overrides: Sequence[str], num_steps: int, names: Sequence[str]) -> None:
-        from megadit.training import comparing_runs
+        from megadit.launcher import comparing_runs
 
         self.recipe = load(source, overrides)
         self._source = source
@@ -102,7 +102,7 @@ class _ShortRuns:
 
 def _kill(runs: _ShortRuns, name: str, run: Path, step: int, overrides: Sequence[str]) -> int:
     """Begin a run and kill it after `step`. Returns the last step that it has logged."""
-    from megadit.training import comparing_runs
+    from megadit.launcher import comparing_runs
 
     with runs.start(name, run, *overrides) as ranks:
         while comparing_runs.num_logged_steps(run) < step:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megadit.launcher.short_runs import verify_resume, verify_trajectory
-from megadit.training.comparing_runs import (
+from megadit.launcher.comparing_runs import (
     MIN_STEPS_TO_RESUME,
     WAYS,
     Difference,
@@ -17,6 +16,7 @@ from megadit.training.comparing_runs import (
     resume_table,
     table,
 )
+from megadit.launcher.short_runs import verify_resume, verify_trajectory
 
 FSDP_2 = ("engine.kind=fsdp", "engine.num_ranks=2")
 ZERO3_2 = ("engine.kind=zero3", "engine.num_ranks=2")
