@@ -337,3 +337,24 @@ def test_the_state_of_another_optimizer_is_refused(save: Callable[..., None], en
     (path / "checkpoint.json").write_text(json.dumps({"header": tree, "crc32": folders._crc32_of_tree(tree)}))
     with pytest.raises(CheckpointError, match=r"another optimizer: average there, exp_avg, exp_avg_sq here"):
         checkpoint.load(path, engine, Averages(engine.shards, [0.9]))
+
+
+def test_what_a_resume_went_back_before_does_not_count(save: Callable[..., None], tmp_path: Path) -> None:
+    """The newest is damaged, so the run goes on from the one before and is stopped: what it then writes is older."""
+    save(tmp_path, 1, 2, 5)
+    folder = tmp_path / "checkpoints"
+    damaged = folder / "images-0000000080" / "rank-0.bin"
+    damaged.write_bytes(bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+    assert checkpoint.newest_valid(folder) == folder / NAMES[1]
+    save(tmp_path, 3, keep=1)
+    assert checkpoint.newest_valid(folder) == folder / NAMES[2]
+    assert sorted(path.name for path in folder.iterdir()) == [NAMES[2], "images-0000000080"]
+
+
+def test_one_that_lacks_a_file_does_not_count(save: Callable[..., None], tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints"
+    (folder / NAMES[1] / "rank-0.bin").unlink()
+    save(tmp_path, 3, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == NAMES
+    assert checkpoint.newest_valid(folder) == folder / NAMES[2]

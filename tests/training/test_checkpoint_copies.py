@@ -116,14 +116,14 @@ def test_a_copy_is_none_as_soon_as_its_removal_begins(
         raise StorageError("connection lost")
 
     with pytest.raises(StorageError, match="connection lost"):
-        copies_of_run.prune(1, None, lose_connection)
+        copies_of_run.prune(NAMES[1], 1, None, lose_connection)
     left = list(open_store(f"{s3_bucket}/runs/a").list(NAMES[0]))
     assert left
     assert f"{NAMES[0]}/checkpoint.json" not in left
     path = make_saver(tmp_path / "elsewhere").newest()
     assert path is not None
     assert path.name == NAMES[1]
-    copies_of_run.prune(1, None, lambda: None)
+    copies_of_run.prune(NAMES[1], 1, None, lambda: None)
     assert not list(open_store(f"{s3_bucket}/runs/a").list(NAMES[0]))
 
 

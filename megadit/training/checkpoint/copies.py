@@ -48,14 +48,14 @@ class Copies:
                 progress()
         self._store.put(f"{path.name}/{HEADER}", (path / HEADER).read_bytes())
 
-    def prune(self, keep: int, keep_every_images: int | None, progress: Callable[[], object]) -> None:
+    def prune(self, written: str, keep: int, keep_every_images: int | None, progress: Callable[[], object]) -> None:
         """Remove all but the newest `keep` and the first of each interval of images, and what is no whole copy.
 
         `progress` is called for every object. Raises StorageError, after which what is left to remove is no copy.
         """
         names = list(self._store.list("images-"))
         whole = [Path(name).parent for name in names if name.endswith(f"/{HEADER}")]
-        doomed = folders.superfluous(whole, keep, keep_every_images)
+        doomed = folders.superfluous(whole, written, keep, keep_every_images)
         kept = {path.name for path in whole if path not in doomed}
         for name in sorted(names, key=lambda name: (not name.endswith(f"/{HEADER}"), name)):
             if name.split("/")[0] not in kept:

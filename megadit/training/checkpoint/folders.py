@@ -145,19 +145,32 @@ def publish(partial: Path) -> Path:
     return final
 
 
-def superfluous(paths: Sequence[Path], keep: int, keep_every_images: int | None) -> list[Path]:
-    """All checkpoints but the newest `keep` and the first of every interval of `keep_every_images` images."""
-    newest = sorted(paths, reverse=True)[:keep]
-    kept = {*newest, *_first_of_intervals(paths, keep_every_images)}
-    return [path for path in paths if path not in kept]
+def superfluous(paths: Sequence[Path], written: str, keep: int, keep_every_images: int | None) -> list[Path]:
+    """All checkpoints but the newest `keep` and the first of every interval of `keep_every_images` images.
+
+    `written` is the name of the one that was just written. Newer ones are damaged, or the run would have gone on from
+    them: they neither count nor go, until the run is there and writes them anew.
+    """
+    old = [path for path in paths if path.name <= written]
+    kept = {*sorted(old, reverse=True)[:keep], *_first_of_intervals(old, keep_every_images)}
+    return [path for path in old if path not in kept]
 
 
-def prune(folder: Path, keep: int, keep_every_images: int | None) -> None:
-    """Remove the superfluous checkpoints of a folder."""
-    for path in superfluous(newest_first(folder), keep, keep_every_images):
+def prune(folder: Path, written: str, keep: int, keep_every_images: int | None) -> None:
+    """Remove the superfluous checkpoints of a folder; those that lack files do not count, and stay."""
+    paths = [path for path in newest_first(folder) if _is_complete(path)]
+    for path in superfluous(paths, written, keep, keep_every_images):
         doomed = path.with_name(f"{PARTIAL}{path.name}")  # at once; a kill would leave half of it otherwise
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        checked_header(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _first_of_intervals(paths: Iterable[Path], images: int | None) -> list[Path]:

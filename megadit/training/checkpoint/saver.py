@@ -172,7 +172,7 @@ class Saver:
 
     def _keep_and_copy(self, path: Path) -> StorageError | None:
         """A copy that fails is no reason to stop while the next one may succeed: only the last one is an error."""
-        folders.prune(self._folder, self._settings.keep, self._settings.keep_every_images)
+        folders.prune(self._folder, path.name, self._settings.keep, self._settings.keep_every_images)
         if self._copies is None:
             return None
         try:
@@ -181,7 +181,7 @@ class Saver:
             logger.warning("checkpoint %s could not be copied: %s", path.name, error)
             return error
         try:
-            self._copies.prune(self._settings.keep, self._settings.keep_every_images, self._count)
+            self._copies.prune(path.name, self._settings.keep, self._settings.keep_every_images, self._count)
         except StorageError as error:
             logger.warning("old copies of checkpoints could not be removed: %s", error)
         return None
