@@ -356,6 +356,7 @@ def measure(folder: Path, samples: int, rounds: int, minutes: float, workers: in
     """All rows; files are written below `folder`."""
     with LocalS3(folder / "s3") as server:
         os.environ |= server.environment
+        boto3.setup_default_session()  # with these credentials, whoever had others before
         server.create_bucket(BUCKET)
         url, index_url = f"s3://{BUCKET}/tars", f"s3://{BUCKET}/index"
         sa1b_like.make(url, samples, samples_per_tar=SAMPLES_PER_TAR, short_side=SHORT_SIDE, num_masks=100)

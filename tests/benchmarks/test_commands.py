@@ -1,6 +1,7 @@
 """Each command of `megadit bench`, shrunk: a table of ratios on the screen, the same figures as JSON."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "PICTURE_PASSES": 1, "LATENT_PASSES": 1, "INDEX_PASSES": 1, "SHORT_SIDE": 300, "NUM_CAPTIONS": 640,
     }.items():  # fmt: skip
         monkeypatch.setattr(data_speed, name, small)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # it gets the address of a server
     monkeypatch.setattr(data_speed, "order_rows", list)  # of 11 million samples; a slow test runs it
     (table,) = run("data", "--samples=96", "--rounds=1", json_file=tmp_path / "data.json")
     assert {row["what, beside"].partition(",")[0] for row in table["rows"]} >= {

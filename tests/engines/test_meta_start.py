@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megadit.distributed import Axis, Topology
 from megadit.engines.fsdp import TorchEngine
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
@@ -90,7 +91,7 @@ def fake_ranks(num_ranks: int) -> Iterator[None]:
 def test_no_rank_ever_holds_more_than_its_shard_and_one_parameter(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe("model.width=256", "model.depth=12", "engine.kind=fsdp")
     with fake_ranks(NUM_RANKS), PeakBytes() as memory:
-        engine = TorchEngine(recipe)
+        engine = TorchEngine(recipe, Topology(shard=Axis(0, NUM_RANKS), joined=True))
         shard = 4 * sum(part.values.numel() for part in engine.shards.values())
     sizes = [4 * torch.Size(spec.shape).numel() for spec in build_table(recipe)]
     assert sum(sizes) > 20 * max(sizes)  # or the test could not tell

@@ -13,7 +13,7 @@ from megadit.distributed import ALONE, Axis, Topology
 from megadit.parametrization.table import build_table
 from megadit.planning.flops import training_flops
 from megadit.recipe import Recipe
-from megadit.training import memory
+from megadit.training import peak_memory
 from megadit.training.reporter import banner
 from megadit.training.telemetry import PHASES, STEP_PHASES, Telemetry
 
@@ -109,14 +109,14 @@ def test_a_line_of_training_says_what_its_steps_cost(way: tuple[str, ...], finis
 
 
 def test_peak_memory_is_that_of_the_process_since_the_reset() -> None:
-    memory.reset_peak(CPU)
-    before = memory.peak_bytes(CPU)
+    peak_memory.reset_peak(CPU)
+    before = peak_memory.peak_bytes(CPU)
     assert before == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert memory.peak_bytes(CPU) >= before + 60 * 2**20
+    assert peak_memory.peak_bytes(CPU) >= before + 60 * 2**20
     del block
-    memory.reset_peak(CPU)
-    assert memory.peak_bytes(CPU) < before + 30 * 2**20
+    peak_memory.reset_peak(CPU)
+    assert peak_memory.peak_bytes(CPU) < before + 30 * 2**20
 
 
 def test_the_start_up_block(tiny_recipe: Callable[..., Recipe]) -> None:
