@@ -22,6 +22,7 @@ from PIL import Image
 
 from megadit.eval.geneval.detector import Detector
 from megadit.eval.geneval.verdicts import CLASS_NAMES, Detection, Thresholds
+from megadit.files import write_text
 
 GOLDEN_FILE = "golden.json"
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -51,7 +52,7 @@ def record(detector: Detector, folder: Path) -> Path:
     target = folder / GOLDEN_FILE
     _refuse_empty(target, golden)
     images = [{"file": name, "objects": [_plain(*one) for one in objects]} for name, objects in golden.items()]
-    target.write_text(json.dumps({"images": images}, indent=1) + "\n", encoding="ascii")
+    write_text(target, json.dumps({"images": images}, indent=1) + "\n")
     return target
 
 

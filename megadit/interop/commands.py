@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megadit import models, recipe as recipes
+from megadit.files import write_text
 from megadit.interop.diffusers import export
 from megadit.interop.published import Kind, load_published, read_published
 from megadit.interop.strict import load_strictly
@@ -40,8 +41,7 @@ def load_published_command(
         )
     model = models.build(recipe.model)
     load_published(model, checkpoint, prefer)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipes.dump(recipe))
+    write_text(out / "recipe.yaml", recipes.dump(recipe))
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS)
 
 

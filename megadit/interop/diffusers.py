@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megadit import models
+from megadit.files import write_text
 from megadit.interop.layouts import THEIR_BUFFERS, format_of, to_diffusers
 from megadit.interop.strict import load_strictly
 from megadit.models import ModelConfig
@@ -72,7 +73,7 @@ def export(
     load_strictly(transformer, fixed | to_diffusers(config, folded), "the state dict")
     transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(_index(pipeline, transformer, scheduler), indent=2) + "\n")
+    write_text(folder / "model_index.json", json.dumps(_index(pipeline, transformer, scheduler), indent=2) + "\n")
     for name, tensors in (known.files(weights) if known.files else {}).items():
         save_file(tensors, folder / name)
 

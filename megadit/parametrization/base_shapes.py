@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from megadit import models
+from megadit.files import write_text
 from megadit.models import ModelConfig
 from megadit.recipe import Recipe
 
@@ -82,7 +83,7 @@ def load(path: Path) -> BaseShapes:
 def save(shapes: BaseShapes, path: Path) -> None:
     """Write a .bsh file that microsoft/mup reads too."""
     text = yaml.safe_dump({name: list(dims) for name, dims in sorted(shapes.items())}, indent=4)
-    path.write_text(_HEADER + text)
+    write_text(path, _HEADER + text)
 
 
 def resolve(name: str) -> Path:

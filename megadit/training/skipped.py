@@ -13,6 +13,7 @@ import torch
 
 from megadit.batch import Batch
 from megadit.engines.base import Engine, StepResult
+from megadit.files import write_text
 
 
 class SkippedSteps:
@@ -65,7 +66,7 @@ class SkippedSteps:
             "steps": self._streak,
         }
         path = self._run / f"not-finite-{step}.json"
-        self._topology.on_first(lambda: path.write_text(json.dumps(found, indent=1, allow_nan=False)))
+        self._topology.on_first(lambda: write_text(path, json.dumps(found, indent=1, allow_nan=False)))
         reason = f"{len(weights)} weights are not finite" if weights else f"{self.in_a_row} steps in a row were skipped"
         raise ValueError(
             f"step {step} ({images_seen} images seen): the gradient norm is {result.grad_norm}: "

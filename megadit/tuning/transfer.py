@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megadit import recipe as recipes
+from megadit.files import write_text
 from megadit.models import ModelConfig
 from megadit.parametrization import base_shapes
 from megadit.planning.flops import training_flops
@@ -89,9 +90,8 @@ def _write_target(study: Study, curve: LrCurve, source: str, out: Path, allow: S
         "cost_fraction": _cost_fraction(study, target),
     }
     recipes.parse(tree, str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
     comment = f"# Written by `megadit transfer` from the recipe {source}.\n"
-    out.write_text(comment + yaml.safe_dump(tree, sort_keys=False))
+    write_text(out, comment + yaml.safe_dump(tree, sort_keys=False))
     lines = [f"{out}: {source} with {', '.join(f'{key}={value}' for key, value in tuned.items())}"]
     lines += [f"  not the same in study and target: {difference}" for difference in noted]
     lines.append(f"  the search cost {tree['provenance']['cost_fraction']:.2%} of the target's training FLOPs")
