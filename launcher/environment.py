@@ -39,7 +39,7 @@ def detect(environ: Mapping[str, str] | None = None) -> Ranks:
     environ = os.environ if environ is None else environ
     if "RANK" in environ or "LOCAL_RANK" in environ:
         return _from_ranks(environ)
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if _number({"SLURM_STEP_NUM_TASKS": "1", **environ}, "SLURM_STEP_NUM_TASKS") > 1:
         return _from_slurm(environ)
     return Ranks()
 

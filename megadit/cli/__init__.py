@@ -91,9 +91,9 @@ def train(
       megadit train quickstart --run runs/again --resume runs/quickstart/checkpoints/images-0000004096
       torchrun --nproc-per-node 8 -m -- megadit train my.yaml engine.kind=fsdp --run runs/a
     """
-    from megadit.launcher.train import train as launch_or_join
+    from megadit.launcher.train import train as start
 
-    raise typer.Exit(launch_or_join(recipe, overrides or [], run, resume))
+    raise typer.Exit(start(recipe, overrides or [], run, resume))
 
 
 @app.command()

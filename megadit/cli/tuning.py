@@ -31,9 +31,9 @@ def coord_check(
       megadit coord-check dit-xl2-sp-cpu                      # fails, as it should
       megadit coord-check mmdit-mup-proxy-cpu engine.kind=zero3 engine.num_ranks=2
     """
-    from megadit.tuning.coord_launch import coord_check as launch_or_join
+    from megadit.tuning.coord_launch import coord_check as start
 
-    raise typer.Exit(launch_or_join(recipe, overrides or [], widths, steps, seeds, band, out))
+    raise typer.Exit(start(recipe, overrides or [], widths, steps, seeds, band, out))
 
 
 def sweep(

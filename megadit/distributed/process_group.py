@@ -34,7 +34,7 @@ def process_group(needed: bool, timeout_seconds: float = 600, num_replicas: int 
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _store_of_this_start(timedelta(seconds=timeout_seconds))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -44,6 +44,17 @@ def process_group(needed: bool, timeout_seconds: float = 600, num_replicas: int 
         dist.barrier()  # without it gloo's teardown aborts one time in six (measured; pytorch issue 190489)
     finally:
         dist.destroy_process_group()
+
+
+def take_gpu() -> None:
+    """Make this rank's GPU the current one: that of LOCAL_RANK, or the only one that is visible.
+
+    Raises ValueError for a local rank that none is left for.
+    """
+    local_rank, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 1 < num_visible <= local_rank:
+        raise ValueError(f"this is local rank {local_rank}, and {num_visible} GPUs are visible: start fewer ranks")
+    torch.cuda.set_device(local_rank if num_visible > 1 else 0)
 
 
 def _store_of_this_start(timeout: timedelta) -> dist.Store:

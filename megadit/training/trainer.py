@@ -15,7 +15,7 @@ from megadit.data.loading.loader import Loader
 from megadit.distributed import Topology, process_group
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
-from megadit.exit_codes import DONE, INTERRUPTED
+from megadit.exit_codes import DONE, FAILED, INTERRUPTED
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, resuming, run_folder
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def end_process(error: Exception) -> None:
     """Say what was wrong, and end."""
     logger.critical("%s", error)
-    os._exit(1)
+    os._exit(FAILED)
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
 ) -> int:
     """Train to the end or to a stop signal, continuing what `run` holds. Returns the exit status.
 
-    Ranks are those of RANK and WORLD_SIZE, as torchrun sets them; every rank calls this with the same recipe. `end` is
+    Every rank that a launcher started calls this with the same recipe. `end` is
     called in another thread when the main one hangs, and ends the process. `resume` says what to begin with, see
     resuming.py.
     """

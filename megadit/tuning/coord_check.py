@@ -77,7 +77,7 @@ def parse_widths(text: str) -> list[int]:
 def coord_check(recipe: Recipe, widths: Sequence[int], num_steps: int, num_seeds: int) -> CoordCheck:
     """Train every width with seeds recipe.seed, ... on the recipe's first batch, at its learning rate, no warm-up.
 
-    Ranks are those of RANK and WORLD_SIZE. Raises ValueError for fewer than two widths, and for a width that the recipe
+    Called by all ranks. Raises ValueError for fewer than two widths, and for a width that the recipe
     refuses.
     """
     if len(set(widths)) < 2:

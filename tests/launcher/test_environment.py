@@ -61,8 +61,9 @@ def test_srun():
 def test_first_host(nodelist: str, host: str):
     assert first_host(nodelist) == host
     if shutil.which("scontrol"):
-        told = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-        assert told.stdout.split()[0] == host
+        told = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=False)
+        if told.returncode == 0:  # without a configuration it expands nothing
+            assert told.stdout.split()[0] == host
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_first_host(nodelist: str, host: str):
         (TORCHRUN | {"RANK": "4"}, "rank 4, local rank 1, world size 4"),
         (TORCHRUN | {"LOCAL_RANK": "5"}, "local rank 5"),
         (TORCHRUN | {"RANK": "-1"}, "RANK='-1'"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS=''"),
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four'"),
         (SRUN | {"SLURM_PROCID": "16"}, "inconsistent ranks from srun"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is not set"),

@@ -17,7 +17,8 @@ import torch.distributed as dist, torch
 dist.init_process_group("gloo")
 total = torch.tensor(dist.get_rank() + 1)
 dist.all_reduce(total)
-print(f"rank {dist.get_rank()} of {dist.get_world_size()}: {total.item()}", flush=True)
+line = f"rank {dist.get_rank()} of {dist.get_world_size()}: {total.item()}\\n"
+print(line, end="", flush=True)  # one write: the ranks share a pipe
 dist.barrier()
 dist.destroy_process_group()
 """
