@@ -166,7 +166,8 @@ def add_positions(x_BTD: Tensor, grid: tuple[int, int], config: ModelConfig, fix
 def image_of_patches(x_BTF: Tensor, channels: int, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """The image [B, C, H, W] of a grid of patches row by row, each flattened as (row, column, channel)."""
     x = x_BTF.unflatten(1, grid).unflatten(3, (patch_size, patch_size, channels))
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    # (By reshape, which copies: FSDP2 warns of a result that is a view.)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), channels, grid[0] * patch_size, grid[1] * patch_size)
 
 
 def patch_grid(x_BCHW: Tensor, config: ModelConfig) -> tuple[int, int]:
