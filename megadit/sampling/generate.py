@@ -102,13 +102,15 @@ def default_weights(path: Path) -> str:
 
 
 def load_weights(recipe: Recipe, path: Path, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The recipe's model with the weights `kind` of the checkpoint `path`, for inference. Raises ValueError.
+    """The recipe's model with the weights `kind` of the checkpoint `path` of a run, for inference. Raises ValueError.
 
     With weights in bf16 it computes as training in bf16 does, where engines gather weights in bf16 and leave times and
     fixed tables in fp32. On the CPU there is never more than the checkpoint in fp32.
     """
     model = meta_model(recipe.model)
-    set_multipliers(model, build_table(recipe))
+    specs = build_table(recipe)
+    run_folder.require_same_table(path.parents[1], specs)
+    set_multipliers(model, specs)
     try:
         weights = checkpoint.read_tensors(path, kind)
     except checkpoint.DamageError as damage:

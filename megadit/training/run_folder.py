@@ -5,15 +5,19 @@ RUN/parameters.json    the parameter table: name, shape, role, width multiplier,
 RUN/environment.json   versions and the git revision, one entry for every start
 RUN/data.json          the manifest of the training data
 RUN/metrics.jsonl      one line per logged step and validation
+RUN/lock               held, and says by whom, while the run is trained
 RUN/checkpoints/       see checkpoint.py
 """
 
+import fcntl
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,43 @@ import yaml
 
 from megadit import recipe as recipes
 from megadit.data.format.manifest import Manifest
+from megadit.distributed import Topology
 from megadit.files import write_text
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import to_rows
 from megadit.recipe import Recipe
 
+LOCK = "lock"
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def owned(run: Path, topology: Topology) -> Iterator[None]:
+    """Hold the run for as long as the context lasts; ranks together. Raises ValueError that says who has it already.
+
+    The system frees the lock when the first rank's process ends, however it ends.
+    """
+    lock = topology.on_first(lambda: _lock(run))
+    try:
+        yield
+    finally:
+        if topology.is_first:
+            os.close(lock)
+
+
+def _lock(run: Path) -> int:
+    run.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(lock, 1000, 0).decode()
+        os.close(lock)
+        raise ValueError(f"{run} is being trained by {owner}: wait, stop that one, or give another --run") from None
+    os.truncate(lock, 0)
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    os.pwrite(lock, f"process {os.getpid()} of {platform.node()} since {since}".encode(), 0)
+    return lock
 
 
 def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Manifest) -> None:
@@ -38,6 +73,7 @@ def prepare(run: Path, recipe: Recipe, specs: Sequence[ParamSpec], manifest: Man
         there = load_recipe(run)
         require_same_recipe(there, recipe, str(run))
         require_same_data(run, manifest)
+        require_same_table(run, specs)
         if changed := recipes.differences(there, recipe):
             logger.info("these keys are free and were changed: %s", changed)
     write_text(run / "recipe.yaml", recipes.dump(recipe))
@@ -70,6 +106,18 @@ def require_same_recipe(there: Recipe, here: Recipe, place: str) -> None:
             f"{place} holds a run of another recipe; these keys make it another run: {changed.matter}{aside}; "
             f"go on with the recipe that it has, or begin anew in another --run"
         )
+
+
+def require_same_table(run: Path, specs: Iterable[ParamSpec]) -> None:
+    """Raise ValueError unless `run` was trained with this parameter table: base shapes are a file, which may change."""
+    there = {row["name"]: row for row in json.loads((run / "parameters.json").read_text())}
+    for row in to_rows(specs):
+        stored = there.get(row["name"], {})
+        if changed := [key for key in row if stored.get(key) != row[key]]:
+            raise ValueError(
+                f"{run} was trained with another parameter table: {row['name']}: {changed[0]} "
+                f"{stored.get(changed[0])!r} there, {row[changed[0]]!r} now; give it the base shapes that it began with"
+            )
 
 
 def require_same_data(run: Path, manifest: Manifest) -> None:

@@ -60,10 +60,11 @@ def train(
         check_data_fits(recipe, manifest, _validation_manifest(recipe, topology))
         encoders = OnlineEncoders(recipe.encoders, recipe, topology) if recipe.encoders else None
         topology.on_first(lambda: resuming.check(resume, run, recipe, manifest))
-        topology.on_first(lambda: run_folder.prepare(run, recipe, specs, manifest))
-        if topology.is_first:
-            logger.info(banner(recipe, specs, manifest.num_samples, topology))
-        return Trainer(recipe, run, engines.build(recipe, topology), encoders, stop, end).train(resume)
+        with run_folder.owned(run, topology):
+            topology.on_first(lambda: run_folder.prepare(run, recipe, specs, manifest))
+            if topology.is_first:
+                logger.info(banner(recipe, specs, manifest.num_samples, topology))
+            return Trainer(recipe, run, engines.build(recipe, topology), encoders, stop, end).train(resume)
 
 
 def _validation_manifest(recipe: Recipe, topology: Topology) -> Manifest | None:

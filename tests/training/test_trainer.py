@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import platform
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,9 +15,10 @@ import torch
 
 from megadit import engines
 from megadit.distributed import ALONE
+from megadit.parametrization import base_shapes
 from megadit.recipe import Recipe, RecipeError
 from megadit.sampling.generate import sample
-from megadit.training import checkpoint, trainer
+from megadit.training import checkpoint, run_folder, trainer
 from megadit.training.ema import Averages
 from megadit.training.signals import STOP_SIGNALS, stop_on_signal
 
@@ -32,7 +35,9 @@ def half(reference: Any, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Of all files but the lock, which says who had the run last."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != run_folder.LOCK]
+    return {path: path.read_bytes() for path in files}
 
 
 def test_an_error_of_one_rank_reaches_all(run_ranks: Callable) -> None:
@@ -235,3 +240,32 @@ def test_sampling_from_a_run(reference: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give 'minilm' or a folder"):
         sample(reference.folder, ["x"], tmp_path / "x.png", encoder="absent")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_base_shapes_that_were_made_again_are_found(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """They are a file, so the recipe stays the same: with another base width the readout's multiplier is another."""
+    shapes, run = tmp_path / "my.bsh", tmp_path / "run"
+    muted = ("parametrization.base_width=null", f"parametrization.base_shapes={shapes}")
+    base_shapes.make(tiny_recipe(), shapes)
+    recipe = tiny_recipe(*SHORT, *muted)
+    assert trainer.train(recipe, run) == 0
+    base_shapes.make(tiny_recipe("parametrization.base_width=16"), shapes)
+    message = r"another parameter table: patch_embed\.weight: width_mult 2\.0 there, 4\.0 now"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(recipe, run)
+    with pytest.raises(ValueError, match=message):
+        sample(run, ["red heart"], tmp_path / "grid.png")
+
+
+def test_a_run_that_is_being_trained_is_left_alone(
+    tiny_recipe: Callable[..., Recipe], run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*SHORT)
+    with run_folder.owned(tmp_path, ALONE):
+        for _ in range(2):  # the one that is refused takes nothing from the one that has it
+            with pytest.raises(ExceptionGroup) as raised:
+                run_ranks("train.py", 1, recipe=recipe, run=tmp_path)
+            said = str(raised.value.exceptions[0])
+            assert f"{tmp_path} is being trained by process {os.getpid()} of {platform.node()} since 20" in said
+        assert [path.name for path in tmp_path.iterdir()] == [run_folder.LOCK]
+    assert run_ranks("train.py", 1, recipe=recipe, run=tmp_path) == [0]
