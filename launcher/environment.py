@@ -89,7 +89,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     if missing := [name for name in names if name not in environ]:
         raise ValueError(f"srun started several tasks but {', '.join(missing)} is not set")
     # All tasks of a step agree on the port without talking; another step of the job gets another one.
-    job, step = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_STEP_ID", "0"))
+    job, step = (_number({name: "0", **environ}, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     port = SLURM_PORTS[(job * 7 + step) % len(SLURM_PORTS)]
     return _checked(
         Ranks(

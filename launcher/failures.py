@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megadit.exit_codes import DONE, FAILED
+from megadit.exit_codes import DONE, FAILED, end_now
 
 FAILURES_VARIABLE = "MEGADIT_FAILURES"  # the folder of the ranks' messages
 LOST_PEER = re.compile(r"gloo.*(Connection closed by peer|Connection reset by peer|Broken pipe)", re.DOTALL)
@@ -33,19 +33,15 @@ def run_reporting(command: Callable[[], object]) -> NoReturn:
     except Exception as error:
         _report(error)
         code = FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
     if "RANK" in os.environ:
-        os._exit(code)  # gloo's threads abort the interpreter's ordinary shutdown now and then
+        end_now(int(code))  # gloo's threads abort the interpreter's ordinary shutdown now and then
     sys.exit(code)
 
 
 def end_with(error: Exception) -> NoReturn:
     """End the process from any thread, as `run_reporting` does when its command raises `error`."""
     _report(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(FAILED)
+    end_now(FAILED)
 
 
 def first_failure(folder: Path) -> tuple[int, str] | None:

@@ -17,6 +17,7 @@ from megadit.recipe import (
     is_free,
     load,
     parse,
+    parse_text,
     resolve,
 )
 
@@ -185,6 +186,12 @@ def test_unusable_files(tmp_path: Path, text: str, message: str):
         load(write(tmp_path / "recipe.yaml", text))
 
 
+def test_a_text_that_is_no_recipe():
+    for text, message in (("", "x: a recipe is a YAML mapping, not NoneType"), ("name: {", "x: not valid YAML")):
+        with pytest.raises(RecipeError, match=message):
+            parse_text(text, "x")
+
+
 def test_a_longer_circle(tmp_path: Path):
     write(tmp_path / "a.yaml", "extends: b.yaml")
     write(tmp_path / "b.yaml", "extends: c.yaml")
@@ -248,5 +255,5 @@ def test_dump_and_parse_are_inverse(seed, lr, betas, heads, rates, name, steps):
             "training": {"batch_size": 64, "num_images": 64 * steps, "ema_rates": rates},
         }
     )
-    assert parse(yaml.safe_load(dump(recipe))) == recipe
+    assert parse_text(dump(recipe), "dumped") == recipe
     assert differences(recipe, recipe) == {}

@@ -7,6 +7,7 @@ from megadit.recipe.loading import (
     dump,
     load,
     parse,
+    parse_text,
     resolve,
 )
 from megadit.recipe.schema import (
@@ -45,5 +46,6 @@ __all__ = [
     "is_free",
     "load",
     "parse",
+    "parse_text",
     "resolve",
 ]

@@ -62,8 +62,13 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     return recipe
 
 
+def parse_text(text: str | bytes, source: str) -> Recipe:
+    """Validate a whole recipe as YAML, as `dump` writes it. Raises RecipeError."""
+    return parse(_mapping(read_yaml(text, source), source), source)
+
+
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `parse(yaml.safe_load(dump(r))) == r`."""
+    """The resolved recipe as YAML; `parse_text(dump(r), "r") == r`."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
@@ -84,9 +89,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             f"{path}: recipes extend each other in a circle: {' -> '.join(p.name for p in (*seen, path))}"
         )
-    tree = read_yaml_file(path)
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a YAML mapping, not {type(tree).__name__}")
+    tree = _mapping(read_yaml_file(path), str(path))
     parent = tree.pop("extends", None)
     _import_modules(tree.get("imports"), str(path))
     _apply_preset(tree)
@@ -94,6 +97,12 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     is_file = Path(str(parent)).suffix in (".yaml", ".yml")
     return _merge(_read_tree(resolve(path.parent / parent if is_file else str(parent)), (*seen, path)), tree)
+
+
+def _mapping(tree: Any, source: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a YAML mapping, not {type(tree).__name__}")
+    return tree
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,6 @@ A run is a function of its recipe, so the other run must have the same one but f
 import logging
 from pathlib import Path
 
-import yaml
-
 from megadit import recipe as recipes
 from megadit.data.format.manifest import Manifest
 from megadit.data.storage import open_store
@@ -76,7 +74,7 @@ def _check_other(resume: str, recipe: Recipe, manifest: Manifest) -> None:
         store = open_store(resume)
         if not any(name.endswith(f"/{HEADER}") for name in store.list("images-")):
             raise ValueError(f"{place}: there is no copy of a checkpoint; allowed: {CHOICES}")
-        there = recipes.parse(yaml.safe_load(store.get(RECIPE)), store.url(RECIPE))
+        there = recipes.parse_text(store.get(RECIPE), store.url(RECIPE))
         run_folder.require_same_recipe(there, recipe, place)
         return
     path = Path(resume)

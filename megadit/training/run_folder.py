@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megadit import recipe as recipes
 from megadit.data.format.manifest import Manifest
@@ -89,7 +88,7 @@ def load_recipe(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no recipe.yaml")
-    return recipes.parse(yaml.safe_load(path.read_text()), str(path))
+    return recipes.parse_text(path.read_bytes(), str(path))
 
 
 def load_manifest(run: Path) -> Manifest:

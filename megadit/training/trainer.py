@@ -1,7 +1,6 @@
 """The training loop. A run is a function of its recipe; the number of images seen says where it is."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from megadit.data.loading.loader import Loader
 from megadit.distributed import Topology, process_group
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
-from megadit.exit_codes import DONE, FAILED, INTERRUPTED
+from megadit.exit_codes import DONE, FAILED, INTERRUPTED, end_now
 from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe, check_world_size, differences
 from megadit.training import checkpoint, resuming, run_folder
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 def end_process(error: Exception) -> None:
     """Say what was wrong, and end."""
     logger.critical("%s", error)
-    os._exit(FAILED)
+    end_now(FAILED)
 
 
 def train(

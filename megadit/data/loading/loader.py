@@ -28,7 +28,7 @@ from megadit.data.loading.fetch import Item, Supply, largest_chunks
 from megadit.data.loading.pages import give_back_what_is_freed
 from megadit.data.loading.schedule import Bucket, Schedule, samples_by_resolution
 from megadit.data.storage.cache import ChunkCache
-from megadit.exit_codes import FAILED
+from megadit.exit_codes import FAILED, end_now
 from megadit.randomness import Purpose, generator
 from megadit.recipe import Data
 
@@ -349,4 +349,4 @@ def _end_with_the_trainer() -> None:
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     trainer.join()
-    os._exit(FAILED)
+    end_now(FAILED)

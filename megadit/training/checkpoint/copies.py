@@ -14,8 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
-
 from megadit import recipe as recipes
 from megadit.data.storage import MissingError, Store, open_store
 from megadit.files import PARTIAL
@@ -108,7 +106,7 @@ class Copies:
         return find_damage(partial)
 
     def _check_same_recipe(self) -> None:
-        there = recipes.parse(yaml.safe_load(self._store.get(RECIPE)), self._store.url(RECIPE))
+        there = recipes.parse_text(self._store.get(RECIPE), self._store.url(RECIPE))
         if matter := recipes.differences(there, self._recipe).matter:
             raise CheckpointError(
                 f"the copies at {self._store.url()} are of another recipe ({matter}); give another checkpoints.copy_url"
