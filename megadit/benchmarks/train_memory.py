@@ -20,6 +20,7 @@ from megadit import engines, objectives, recipe as recipes
 from megadit.benchmarks.findings import Cell, Table
 from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import Topology, process_group
+from megadit.exit_codes import DONE, end_now
 from megadit.planning.memory import predict
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
@@ -101,7 +102,7 @@ def _rank(recipe: Recipe, answer: Connection) -> None:
         _train(recipe, topology)
         answer.send(peak_bytes(CPU) - before)
         answer.close()
-    os._exit(0)  # gloo's threads abort the interpreter's ordinary shutdown now and then
+    end_now(DONE)  # gloo's threads abort the interpreter's ordinary shutdown now and then
 
 
 def _small(recipe: Recipe) -> Recipe:

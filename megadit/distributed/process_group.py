@@ -33,7 +33,7 @@ def process_group(needed: bool, timeout_seconds: float = 600, num_replicas: int 
         store = dist.HashStore()
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _store_of_this_start(timedelta(seconds=timeout_seconds))
-    if torch.cuda.is_available():
+    if launched and torch.cuda.is_available():
         take_gpu()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
