@@ -8,6 +8,7 @@ from megadit.recipe.schema import Recipe
 # Keys that may change between a run and its continuation: they have no effect on the trajectory.
 FREE_KEYS = (
     "engine",
+    "hardware",
     "provenance",
     "checkpoints",
     "eval",

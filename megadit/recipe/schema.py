@@ -121,14 +121,24 @@ class Engine(Node):
     def _check(self) -> "Engine":
         if self.num_replicas > 1 and self.kind != "fsdp":
             raise ValueError(f"num_replicas {self.num_replicas} needs kind fsdp; {self.kind} has no replicas of shards")
-        if self.num_ranks > 1 and self.num_ranks % self.num_replicas:
-            raise ValueError(f"num_replicas {self.num_replicas} must divide num_ranks {self.num_ranks}")
         possible, reason = _OFFLOADS[self.kind]
         if self.cpu_offload not in possible:
             raise ValueError(f"cpu_offload {self.cpu_offload} is not possible with kind {self.kind}: {reason}")
         if self.compile and self.kind == "zero3":
             raise ValueError("compile is not possible with kind zero3, whose hooks gather weights inside the blocks")
         return self
+
+
+class Hardware(Node):
+    """The machine that a recipe is made for: `megadit plan` starts from it. Has no effect on training."""
+
+    gpu: str  # a name in the table of `megadit plan`, such as h100
+    num_nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
 
 
 # What each engine can keep on the CPU, and why it cannot do the rest.
@@ -238,6 +248,7 @@ class Recipe(Node):
     optimizer: SerializeAsAny[OptimizerConfig]
     training: Training
     engine: Engine = Engine()
+    hardware: Hardware | None = None
     checkpoints: Checkpoints
     validation: Validation | None = None
     eval: Evaluation | None = None
@@ -249,6 +260,9 @@ class Recipe(Node):
     def _check(self) -> "Recipe":
         batch, streams, ranks = self.training.batch_size, self.data.num_streams, self.engine.num_ranks
         check_world_size(self, ranks)
+        total, where = (self.hardware.num_gpus, "the GPUs of hardware") if self.hardware else (ranks, "num_ranks")
+        if total > 1 and total % self.engine.num_replicas:
+            raise ValueError(f"engine.num_replicas {self.engine.num_replicas} must divide {where}: {total}")
         if batch % streams:
             raise ValueError(f"data.num_streams {streams} must divide training.batch_size {batch}")
         if self.engine.kind == "single" and ranks != 1:

@@ -124,7 +124,10 @@ def test_what_the_levels_compute_again(tiny_recipe: Callable[..., Recipe]) -> No
         (("engine.kind=zero2", "engine.cpu_offload=all"), "it keeps whole weights on the device; use zero3 or fsdp"),
         (("engine.kind=zero3", "engine.compile=true"), "hooks gather weights inside the blocks"),
         (("engine.kind=zero1", "engine.num_ranks=2", "engine.num_replicas=2"), "num_replicas 2 needs kind fsdp"),
-        (("engine.kind=fsdp", "engine.num_ranks=2", "engine.num_replicas=4"), "num_replicas 4 must divide num_ranks 2"),
+        (
+            ("engine.kind=fsdp", "engine.num_ranks=2", "engine.num_replicas=4"),
+            "num_replicas 4 must divide num_ranks: 2",
+        ),
         (("engine.activation_checkpointing=0",), "greater than or equal to 1|at least 1|none"),
     ],
 )
