@@ -139,18 +139,23 @@ def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print the resolved recipe and its parameter table.
 
     The table has one line for each parameter: name, shape, role, width multiplier, initialisation, learning rate and
-    weight decay. It is computed without allocating a weight.
+    weight decay. It is computed without allocating a weight. Where the recipe has stages, a line for each says what it
+    changes, and the table is that of the first.
 
     \b
     Example:
       megadit recipe show quickstart model.width=512
     """
     from megadit.parametrization.table import build_table, format_table
-    from megadit.recipe import dump, load
+    from megadit.recipe import dump, load, plan
+    from megadit.recipe.stages import format_plan
 
     resolved = load(recipe, overrides or [])
+    stages = plan(resolved)
     print(dump(resolved))
-    print(format_table(build_table(resolved)))
+    if resolved.stages:
+        print(format_plan(stages), end="\n\n")
+    print(format_table(build_table(stages[0].recipe)))
 
 
 @recipe_app.command("list")

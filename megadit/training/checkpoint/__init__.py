@@ -14,6 +14,7 @@ name: nothing points to it.
 `reader` and `loading` read, `copies` keeps a second copy elsewhere, `export` makes files for inference.
 """
 
+from megadit.training.checkpoint.copies import newest_of_run
 from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header, newest_first, read_header
 from megadit.training.checkpoint.loading import load, load_or_before, newest_valid, read_tensors
 from megadit.training.checkpoint.reader import find_damage
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "load_or_before",
     "newest_first",
+    "newest_of_run",
     "newest_valid",
     "read_header",
     "read_tensors",
