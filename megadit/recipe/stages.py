@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megadit.node import UNMARKED
 from megadit.recipe.comparison import differences, mark_of
 from megadit.recipe.parsing import merge, parse_whole
 from megadit.recipe.schema import Recipe
@@ -109,8 +110,10 @@ def _of_stage(top: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
     changes = {key: value for key, value in changes.items() if key not in (NAME, START_FROM)}
     tree = top.model_dump(mode="json", exclude={"stages"})
     for key, value in _stated(changes):
-        mark = mark_of(key, top)
-        if mark is not None and not mark.in_stage and value != _value_at(tree, key):
+        mark, there = mark_of(key, top), _value_at(tree, key)
+        if mark is UNMARKED and isinstance(there, Mapping):
+            continue  # no section, in the place of one: `parse_whole` says so
+        if mark is not None and not mark.in_stage and value != there:
             raise RecipeError(f"{where}: {key} = {value!r}: no stage may change it: {mark.reason}")
     return parse_whole(merge(tree, changes), where)
 

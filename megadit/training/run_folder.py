@@ -4,6 +4,7 @@ RUN/recipe.yaml        the resolved recipe
 RUN/parameters.json    the parameter table: name, shape, role, width multiplier, init, lr, weight decay
 RUN/environment.json   versions and the git revision, one entry for every start
 RUN/data.json          the manifest of the training data; that of a later stage is data-stage-1.json and so on
+RUN/started_from.json  where the first weights come from, see from_weights.py
 RUN/metrics.jsonl      one line per logged step and validation
 RUN/lock               held, and says by whom, while the run is trained
 RUN/checkpoints/       see checkpoint.py

@@ -16,12 +16,14 @@ from megadit.distributed import Topology, process_group
 from megadit.engines import base
 from megadit.engines.base import Engine, LossClosure
 from megadit.exit_codes import DONE, FAILED, INTERRUPTED, end_now
+from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import build_table
 from megadit.randomness import seed_of_stage
 from megadit.recipe import Recipe, Stage, check_world_size, differences, plan
-from megadit.training import checkpoint, resuming, run_folder
+from megadit.training import checkpoint, from_weights, resuming, run_folder
 from megadit.training.data_fits import check_data_fits, require_one_encoding
 from megadit.training.ema import Averages
+from megadit.training.from_weights import Source, Weights
 from megadit.training.online import OnlineEncoders, stream_draws_noise
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
@@ -40,13 +42,17 @@ def end_process(error: Exception) -> None:
 
 
 def train(
-    recipe: Recipe, run: Path, end: Callable[[Exception], object] = end_process, resume: str = resuming.AUTO
+    recipe: Recipe,
+    run: Path,
+    end: Callable[[Exception], object] = end_process,
+    resume: str = resuming.AUTO,
+    source: Source | None = None,
 ) -> int:
     """Train to the end or to a stop signal, continuing what `run` holds. Returns the exit status.
 
     Every rank that a launcher started calls this with the same recipe. `end` is
-    called in another thread when the main one hangs, and ends the process. `resume` says what to begin with, see
-    resuming.py.
+    called in another thread when the main one hangs, and ends the process. `resume` and `source` say what to begin
+    with, see resuming.py and from_weights.py.
     """
     # The watchdog names the rank that hangs; the time-out of the collectives, which would not, must come after it.
     stages = plan(recipe)
@@ -61,9 +67,27 @@ def train(
         specs = build_table(stages[0].recipe)
         encoders = {left[0].number: _encoders(left[0], topology)}
         topology.on_first(lambda: resuming.check(resume, run, recipe, manifests))
+        start = _start_from(source, run, stages[0].recipe, specs, topology)
         with run_folder.owned(run, topology):
             topology.on_first(lambda: run_folder.prepare(run, recipe, specs, manifests, begun))
-            return _train_stages(stages, recipe, run, topology, encoders, stop, end, resume)
+            if start is not None and source is not None:
+                weights, anew = start
+                topology.on_first(lambda: from_weights.note(run, source, weights, anew))
+            return _train_stages(stages, recipe, run, topology, encoders, stop, end, resume, start)
+
+
+Start = tuple[Weights, list[str]]  # weights from elsewhere, and which parameters are drawn anew all the same
+
+
+def _start_from(
+    source: Source | None, run: Path, recipe: Recipe, specs: Sequence[ParamSpec], topology: Topology
+) -> Start | None:
+    """What `source` has, where the run is to begin with it. Raises ValueError on every rank."""
+    if not topology.on_first(lambda: from_weights.check(run, source)) or source is None:
+        return None
+    found: list[Weights] = []
+    topology.on_every(lambda: found.append(source.read(recipe)))
+    return found[0], from_weights.drawn_anew(found[0], specs, recipe.model, f"--from-weights {source.place}")
 
 
 def _train_stages(
@@ -75,6 +99,7 @@ def _train_stages(
     stop: StopRequest,
     end: Callable[[Exception], object],
     resume: str,
+    start: Start | None,
 ) -> int:
     """Train what is left, each stage with an engine of its own that begins with the checkpoint of the one before."""
     path = resuming.starting_point(resume, run, recipe, topology)
@@ -87,6 +112,8 @@ def _train_stages(
         engine = engines.build(stage.recipe, topology.with_replicas(stage.recipe.engine.num_replicas))
         trainer = Trainer(recipe, stage, run, engine, found, stop, end)
         images_seen = trainer.begin(path)
+        if path is None and start is not None:
+            trainer.begin_with(*start)
         if images_seen < stage.first_image:  # what was newer is damaged
             stage = _stage_at(stages, images_seen)
         else:
@@ -177,6 +204,7 @@ class Trainer:
         self._skipped = SkippedSteps(run, engine, settings.training.max_skipped_steps)
         self._telemetry = Telemetry(settings, engine.topology, self._mark)
         self._images_seen = 0
+        self._save_first = False
         self._num_updates = 0  # of the optimizer since its state began: all steps but those that were skipped
 
     def begin(self, path: Path | None) -> int:
@@ -190,14 +218,23 @@ class Trainer:
                 self._start_from(self._stage.start_from)
         return self._images_seen
 
+    def begin_with(self, weights: Weights, anew: Sequence[str]) -> None:
+        """Begin with weights from elsewhere, which become the first checkpoint."""
+        from_weights.put(weights, self._engine, build_table(self._recipe), anew)
+        self._equal_averages()
+        self._save_first = True
+
+    def _equal_averages(self) -> None:
+        for values in self._averages.by_name().values():
+            for name, value in values.items():
+                value.copy_(self._engine.shards[name].values)
+
     def _start_from(self, kind: str) -> None:
         """Go on with one kind of weights alone: every average is a copy of it, and moments begin anew."""
-        weights = {name: shard.values for name, shard in self._engine.shards.items()}
         averages = self._averages.by_name()
-        base.write_weights(self._engine, averages.get(kind, weights))
-        for values in averages.values():
-            for name, value in values.items():
-                value.copy_(weights[name])
+        if kind in averages:
+            base.write_weights(self._engine, averages[kind])
+        self._equal_averages()
         for state in self._engine.optimizer_state().values():
             for slot in state.values():
                 slot.zero_()
@@ -214,6 +251,9 @@ class Trainer:
             self._saver,  # the last checkpoint is written before the run ends, however it ends
             self._telemetry.watching_optimizers(),
         ):
+            if self._save_first:
+                self._telemetry.begin("checkpoint")
+                self._save()
             self._telemetry.begin("data")
             for batch in self._batches():
                 self._step(batch, reporter)

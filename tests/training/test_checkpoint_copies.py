@@ -87,7 +87,7 @@ def test_the_copy_before_a_damaged_one_is_used(
 def test_the_copy_of_another_recipe_is_refused(
     two_copies: Path, newest: Callable[..., Path | None], tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now\).*checkpoints\.copy_url"):
+    with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now \(.*checkpoints\.copy_url"):
         newest(tmp_path / "elsewhere", "seed=7")
 
 

@@ -198,7 +198,8 @@ def test_keys_that_matter_are_told_from_those_that_do_not(
     other = tiny_recipe("seed=1", "optimizer.lr=2^-8", "checkpoints.keep=1", "engine.compile=true")
     message = (
         r" holds a run of another recipe; these keys make it another run: "
-        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now; seed: 0 there, 1 now "
+        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now \(add a stage that changes it\); "
+        r"seed: 0 there, 1 now \(weights, order and noise are drawn from it\) "
         r"\(these are free and were changed, too: "
         r"checkpoints\.keep: 4 there, 1 now; engine\.compile: False there, True now\)"
     )

@@ -16,7 +16,7 @@ name: nothing points to it.
 
 from megadit.training.checkpoint.copies import newest_of_run
 from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header, newest_first, read_header
-from megadit.training.checkpoint.loading import load, load_or_before, newest_valid, read_tensors
+from megadit.training.checkpoint.loading import load, load_or_before, load_weights, newest_valid, read_tensors
 from megadit.training.checkpoint.reader import find_damage
 from megadit.training.checkpoint.saver import Saver
 
@@ -28,6 +28,7 @@ __all__ = [
     "find_damage",
     "load",
     "load_or_before",
+    "load_weights",
     "newest_first",
     "newest_of_run",
     "newest_valid",
