@@ -11,7 +11,7 @@ from megadit.launcher.join import launch_or_join
 from megadit.recipe import load
 
 if TYPE_CHECKING:
-    from megadit.training.from_weights import Source
+    from megadit.training.from_weights import WeightSource
 
 
 def train(
@@ -19,7 +19,7 @@ def train(
     overrides: Sequence[str] = (),
     run: Path | None = None,
     resume: str = "auto",
-    weights: "Source | None" = None,
+    weights: "WeightSource | None" = None,
 ) -> int:
     """Train the recipe `source` with `overrides` in the folder `run` (default: runs/NAME); returns the exit code.
 

@@ -16,7 +16,7 @@ from megadit.parametrization.table import build_table
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, run_folder
 from megadit.training.checkpoint.folders import HEADER
-from megadit.training.from_weights import Source, Weights
+from megadit.training.from_weights import Weights, WeightSource
 
 ALLOWED = (
     "the folder of a run or of a checkpoint, a published checkpoint (.pt, .pth, .safetensors), a folder that "
@@ -24,9 +24,9 @@ ALLOWED = (
 )
 
 
-def source_of(place: str, kind: str | None) -> Source:
+def source_of(place: str, kind: str | None) -> WeightSource:
     """The weights `kind` ("weight" or an average's name; None: the first average) at `place`."""
-    return Source(place, kind, lambda recipe: _read(Path(place), kind, recipe))
+    return WeightSource(place, kind, lambda recipe: _read(Path(place), kind, recipe))
 
 
 def _read(place: Path, kind: str | None, recipe: Recipe) -> Weights:

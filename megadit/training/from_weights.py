@@ -39,7 +39,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where weights are to come from, as a user says it."""
 
     place: str
@@ -47,7 +47,7 @@ class Source:
     read: Callable[[Recipe], Weights]  # for a model of this recipe; raises ValueError
 
 
-def check(run: Path, source: Source | None) -> bool:
+def check(run: Path, source: WeightSource | None) -> bool:
     """Whether `run` is still to be begun from `source`. Raises ValueError where it has begun otherwise, or was to."""
     stored = json.loads((run / FILE).read_text()) if (run / FILE).exists() else None
     begun = bool(checkpoint.newest_first(run / "checkpoints"))
@@ -91,7 +91,7 @@ def drawn_anew(weights: Weights, specs: Sequence[ParamSpec], config: ModelConfig
     return found
 
 
-def note(run: Path, source: Source, weights: Weights, anew: Sequence[str]) -> None:
+def note(run: Path, source: WeightSource, weights: Weights, anew: Sequence[str]) -> None:
     """Write down what the run begins with."""
     facts = {
         "place": source.place,
@@ -133,10 +133,7 @@ def _name_other_buffers(weights: Weights, engine: Engine) -> None:
     """Fixed tables are the model's own; where those of a file are others, somebody should know."""
     for name, ours in engine.model.named_buffers():
         theirs = weights.tensors.get(name)
-        same_shape = theirs is not None and theirs.shape == ours.shape
-        if (
-            same_shape
-            and not torch.allclose(theirs.float(), ours.float().cpu(), atol=1e-2)
-            and engine.topology.is_first
-        ):
+        if theirs is None or theirs.shape != ours.shape or not engine.topology.is_first:
+            continue
+        if not torch.allclose(theirs.float(), ours.float().cpu(), atol=1e-2):
             logger.warning("the fixed table %s is another one there; the model keeps its own", name)

@@ -23,7 +23,7 @@ from megadit.recipe import Recipe, Stage, check_world_size, differences, plan
 from megadit.training import checkpoint, from_weights, resuming, run_folder
 from megadit.training.data_fits import check_data_fits, require_one_encoding
 from megadit.training.ema import Averages
-from megadit.training.from_weights import Source, Weights
+from megadit.training.from_weights import Weights, WeightSource
 from megadit.training.online import OnlineEncoders, stream_draws_noise
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
@@ -46,7 +46,7 @@ def train(
     run: Path,
     end: Callable[[Exception], object] = end_process,
     resume: str = resuming.AUTO,
-    source: Source | None = None,
+    source: WeightSource | None = None,
 ) -> int:
     """Train to the end or to a stop signal, continuing what `run` holds. Returns the exit status.
 
@@ -80,7 +80,7 @@ Start = tuple[Weights, list[str]]  # weights from elsewhere, and which parameter
 
 
 def _start_from(
-    source: Source | None, run: Path, recipe: Recipe, specs: Sequence[ParamSpec], topology: Topology
+    source: WeightSource | None, run: Path, recipe: Recipe, specs: Sequence[ParamSpec], topology: Topology
 ) -> Start | None:
     """What `source` has, where the run is to begin with it. Raises ValueError on every rank."""
     if not topology.on_first(lambda: from_weights.check(run, source)) or source is None:
@@ -103,9 +103,8 @@ def _train_stages(
 ) -> int:
     """Train what is left, each stage with an engine of its own that begins with the checkpoint of the one before."""
     path = resuming.starting_point(resume, run, recipe, topology)
-    stage = _stage_at(
-        stages, 0 if path is None else topology.on_first(lambda: checkpoint.read_header(path).images_seen)
-    )
+    seen = topology.on_first(lambda: checkpoint.read_header(path).images_seen if path else 0)
+    stage = _stage_at(stages, seen)
     while True:
         _announce(stage, topology)
         found = encoders.pop(stage.number) if stage.number in encoders else _encoders(stage, topology)

@@ -67,6 +67,18 @@ def test_a_killed_run_continues_on_another_engine(
     train(tiny_recipe(*ZERO3_2, every), run).assert_continues_as(reference)
 
 
+def test_a_run_killed_in_its_second_stage_continues_on_another_engine(
+    train: Callable, staged: Callable, staged_yaml: Path, whole: Any, tmp_path: Path
+) -> None:
+    run, slowly = tmp_path / "run", "checkpoints.asynchronous=false"
+    with started(staged_yaml, run, slowly) as process:
+        wait_for_steps(process, run, 8 + 3 + 3)  # of the first stage, its validation, and of the second
+        kill_all(process)
+    (header, *_) = [checkpoint.read_header(path) for path in checkpoint.newest_first(run / "checkpoints")]
+    assert 128 <= header.images_seen < 224
+    train(staged(*FSDP_2), run).assert_continues_as(whole)
+
+
 @pytest.mark.parametrize(("first", "then"), [(ZERO3_2, ()), ((), FSDP_2)], ids=["zero3 to single", "single to fsdp"])
 def test_a_run_continues_on_another_number_of_ranks(
     first: tuple[str, ...],
