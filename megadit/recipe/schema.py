@@ -86,7 +86,8 @@ class Training(Node):
     num_images: PositiveInt
     batch_size: PositiveInt  # samples of one optimizer step, over all ranks
     micro_batch_size: PositiveInt | None = None  # samples of one forward pass on one rank; default: no accumulation
-    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, moments and reductions stay fp32
+    # Of matrix products; weights, moments and reductions stay fp32. tf32 is for GPUs: a CPU computes it in fp32.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)  # averages: what each keeps at a step
     # More averages, over the last share of training (EDM2, arXiv 2312.02696): standard deviations of a power function
     # relative to the length of training so far, such as 0.05 and 0.1. The most, 12^-1/2, weighs all steps alike.
