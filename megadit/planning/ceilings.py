@@ -2,27 +2,27 @@
 
 import torch
 
-# Dense TFLOP/s of matrix products by part of the device's name, the first match counts: (bf16 with fp32 sums, fp32
-# without TF32). From NVIDIA's data sheets, where "with sparsity" is twice the dense number.
+# Dense TFLOP/s of matrix products by part of the device's name, the first match counts: in bf16 and TF32 with fp32
+# sums, and in fp32. From NVIDIA's data sheets, where "with sparsity" is twice the dense number.
 PEAK_TFLOPS = {
-    "H100 PCIe": (756.0, 51.0),
-    "H100 NVL": (835.0, 60.0),
-    "H100": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "A100": (312.0, 19.5),
+    "H100 PCIe": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0},
+    "H100 NVL": {"bf16": 835.0, "tf32": 417.0, "fp32": 60.0},
+    "H100": {"bf16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "H200": {"bf16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "A100": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5},
 }
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of one device at most for `precision` (fp32, bf16); None for one that is not in the table.
+    """FLOP/s of one device at most for `precision` (fp32, tf32, bf16); None for one that is not in the table.
 
     A slice of a GPU (MIG) is not in the table.
     """
     if "MIG" in device_name:
         return None
-    for part, (bf16, fp32) in PEAK_TFLOPS.items():
+    for part, tflops in PEAK_TFLOPS.items():
         if part in device_name:
-            return 1e12 * (bf16 if precision == "bf16" else fp32)
+            return 1e12 * tflops[precision]
     return None
 
 

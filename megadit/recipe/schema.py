@@ -98,8 +98,8 @@ class Training(Node):
     batch_size: Annotated[PositiveInt, STAGE]  # samples of one optimizer step, over all ranks
     # Samples of one forward pass on one rank; default: no accumulation.
     micro_batch_size: Annotated[PositiveInt | None, FREE] = None
-    # Of matrix products; weights, moments and reductions stay fp32.
-    precision: Annotated[Literal["fp32", "bf16"], STAGE] = "fp32"
+    # Of matrix products; weights, moments and reductions stay fp32. tf32 is for GPUs: a CPU computes it in fp32.
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], STAGE] = "fp32"
     # Averages: what each keeps at a step.
     ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], _AVERAGED] = (0.999,)
     # More averages, over the last share of training (EDM2, arXiv 2312.02696): standard deviations of a power function

@@ -41,7 +41,7 @@ def banner(stage: Stage, specs: Sequence[ParamSpec], num_samples: int, topology:
             f"{num_flops(recipe.model, 0) / 1e9:.3g} GFLOP per image and "
             f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
             f"engine {_describe_engine(recipe, topology)}",
-            f"{_describe_device(recipe, topology)}, {recipe.training.precision} matrix products, "
+            f"{_describe_device(recipe, topology)}, {_describe_precision(recipe, topology)} matrix products, "
             f"attention: {attention.describe()}, kernels of ours: {', '.join(ours) or 'none'}",
             f"data {recipe.data.url}: {num_samples:,} samples; {recipe.training.num_images:,} images to train "
             f"({epochs:.1f} epochs) in {recipe.num_steps:,} steps of {recipe.training.batch_size}",
@@ -64,6 +64,11 @@ def _describe_engine(recipe: Recipe, topology: Topology) -> str:
         "blocks compiled" if settings.compile else "not compiled",
     ]
     return ", ".join(parts)
+
+
+def _describe_precision(recipe: Recipe, topology: Topology) -> str:
+    precision = recipe.training.precision
+    return "fp32 (tf32 is for GPUs)" if precision == "tf32" and topology.device.type == "cpu" else precision
 
 
 def _describe_device(recipe: Recipe, topology: Topology) -> str:

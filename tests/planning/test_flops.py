@@ -64,7 +64,7 @@ def test_dit_xl_2_has_the_published_flops() -> None:
     ],
 )
 def test_the_peak_of_a_known_device(name: str, part: str) -> None:
-    bf16, fp32 = PEAK_TFLOPS[part]
+    bf16, fp32 = PEAK_TFLOPS[part]["bf16"], PEAK_TFLOPS[part]["fp32"]
     assert peak_flops(name, "bf16") == bf16 * 1e12
     assert peak_flops(name, "fp32") == fp32 * 1e12
 
