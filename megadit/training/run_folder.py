@@ -33,6 +33,7 @@ from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import to_rows
 from megadit.recipe import Recipe
 from megadit.training.checkpoint.folders import read_header
+from megadit.training.data_fits import require_one_encoding
 
 LOCK = "lock"
 logger = logging.getLogger(__name__)
@@ -77,9 +78,12 @@ def prepare(
     run.mkdir(parents=True, exist_ok=True)
     if (run / "recipe.yaml").exists():
         changed = recipes.require_same_past(load_recipe(run), recipe, images_seen, str(run))
-        for stage in recipes.plan(recipe):
-            if stage.number in manifests and (stage.number == 0 or stage.first_image < images_seen):
-                require_same_data(run, manifests[stage.number], stage.number)
+        stages = recipes.plan(recipe)
+        for number, manifest in manifests.items():
+            if number == 0 or stages[number].first_image < images_seen:
+                require_same_data(run, manifest, number)
+            else:  # a stage that may have been added
+                require_one_encoding(stages[0].recipe, load_manifest(run), stages[number].recipe, manifest)
         require_same_table(run, specs)
         if changed:
             logger.info("these keys are free and were changed: %s", changed)

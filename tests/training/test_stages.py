@@ -159,6 +159,19 @@ def test_a_stage_may_be_added_to_a_run_that_is_over(
     assert train(staged(), run.folder).curve()["loss"] == whole.curve()["loss"]
 
 
+def test_a_stage_has_the_encoding_of_the_first(
+    staged: Callable[..., Recipe], whole: Any, pack_animals: Callable, tmp_path: Path
+) -> None:
+    """Also one that is added when the first is over."""
+    pack_animals(str(tmp_path / "labelled"), label="subgroup", size=24)
+    urls = f"stages.1.data={{url: {tmp_path}/labelled/train, validation_url: {tmp_path}/labelled/validation}}"
+    run = shutil.copytree(whole.folder, tmp_path / "run")
+    cut(run, FIRST)
+    for folder in (tmp_path / "new", run):
+        with pytest.raises(ValueError, match=r"labelled/train has other classes than the data at .*/train"):
+            trainer.train(staged(urls), folder)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
