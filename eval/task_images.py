@@ -116,7 +116,7 @@ def _find_checkpoint(source: Path, topology: Topology) -> tuple[Path, Path]:
 
 
 def _prepare(task: Task, run: Path, path: Path, options: Options) -> _Job:
-    recipe = run_folder.load_recipe(run)
+    recipe = run_folder.recipe_of(path)
     kinds = ["weight", *checkpoint.read_header(path).averages]
     weights = options.ema or default_weights(path)
     if weights not in kinds:

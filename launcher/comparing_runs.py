@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadit.journal import read_file
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, average_names
 from megadit.training import checkpoint
-from megadit.training.ema import average_names
 
 # Name -> engine.kind, ranks, replicas. All of them are compared with the single process.
 WAYS: Mapping[str, tuple[str, int, int]] = {

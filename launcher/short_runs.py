@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megadit.exit_codes import DONE, FAILED
 from megadit.launcher.forked import ForkedRanks
-from megadit.recipe import load
+from megadit.recipe import load, one_stage
 
 POLL_SECONDS = 0.002  # less than a step takes
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class _ShortRuns:
     def __init__(self, source: str, overrides: Sequence[str], num_steps: int, names: Sequence[str]) -> None:
         from megadit.launcher import comparing_runs
 
-        self.recipe = load(source, overrides)
+        self.recipe = one_stage(load(source, overrides), "megadit verify-trajectory")
         self._source = source
         self._num_ranks = {name: comparing_runs.way_of(name)[1] for name in names}
         self._overrides = {

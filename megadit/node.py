@@ -1,6 +1,7 @@
 """What every level of the recipe is made of."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,6 +24,27 @@ def parse_power(value: Any) -> Any:
 Power = Annotated[float, BeforeValidator(parse_power)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Whether a key of the recipe may change. A field has one in its annotation, or has that of its section."""
+
+    in_stage: bool = False  # a stage may set it
+    at_resume: bool = False  # a run may go on with another value, which is logged
+    reason: str = ""  # why not
+
+
+FREE = Mark(in_stage=True, at_resume=True)
+STAGE = Mark(in_stage=True)
+
+
+def identity(reason: str) -> Mark:
+    """Of what a run keeps from its first step to its last."""
+    return Mark(reason=reason)
+
+
+UNMARKED = identity("it is not marked as a key that may")
 
 
 class Node(BaseModel):

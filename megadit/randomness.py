@@ -37,6 +37,17 @@ def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter))
 
 
+def seed_of_stage(seed: int, stage: int) -> int:
+    """The seed of the order, noise and timesteps of a stage: no stage repeats the draws of another.
+
+    That of stage 0 is `seed` itself.
+    """
+    if stage == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/stage/{stage}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU torch generator for the tensor `name`: initial weights are a function of (seed, name) alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()

@@ -14,8 +14,8 @@ from megadit.recipe import (
     check_world_size,
     differences,
     dump,
-    is_free,
     load,
+    mark_of,
     parse,
     parse_text,
     resolve,
@@ -231,8 +231,9 @@ def test_world_size(base: Path):
 def test_differences_and_free_keys(base: Path):
     changed = differences(load(base), load(base, ["model.depth=3", "engine={kind: zero3, num_ranks: 2}"]))
     assert changed == {"model.depth": (2, 3), "engine.kind": ("single", "zero3"), "engine.num_ranks": (1, 2)}
-    assert [key for key in changed if is_free(key)] == ["engine.kind", "engine.num_ranks"]
-    assert not is_free("engineering")
+    assert list(changed.free) == ["engine.kind", "engine.num_ranks"]
+    assert list(changed.matter) == ["model.depth"]
+    assert mark_of("engineering", load(base)) is None
 
 
 @given(

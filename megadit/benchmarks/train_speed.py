@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megadit.exit_codes import DONE
 from megadit.launcher.environment import Ranks
 from megadit.launcher.join import launch_or_join
-from megadit.recipe import Recipe, load
+from megadit.recipe import Recipe, load, one_stage
 
 if TYPE_CHECKING:
     from megadit.benchmarks.findings import Cell, Table
@@ -28,7 +28,7 @@ def bench_train(
     `micro_batches` and `checkpointing` are lists with commas between, by default what the recipe says. Raises
     ValueError for what is no such list.
     """
-    recipe = load(source, overrides)
+    recipe = one_stage(load(source, overrides), "megadit bench train")
 
     def measure(ranks: Ranks) -> int:
         from megadit.benchmarks import synthetic

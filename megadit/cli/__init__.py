@@ -75,6 +75,21 @@ def train(
             "checkpoint, or the s3:// address that checkpoints.copy_url gave them.",
         ),
     ] = "auto",
+    from_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Begin with weights from elsewhere, and fresh moments and averages: the folder of a run or of a "
+            "checkpoint, a published checkpoint (.pt, .pth, .safetensors), what load-published wrote, or a folder of "
+            "diffusers. A resume goes on without it.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of them: an average of the run, such as ema_0.99, or `weight`.  [default: the first average]"
+        ),
+    ] = None,
 ) -> None:
     """Train what RECIPE says, or resume the run if it has begun.
 
@@ -88,12 +103,20 @@ def train(
       megadit train quickstart
       megadit train quickstart optimizer.lr=2^-8 training.num_images=4096 --run runs/lr8
       megadit train quickstart engine.kind=zero3        # go on under another engine
+      megadit train quickstart --run runs/tuned --from-weights runs/quickstart --weights ema_0.99
       megadit train quickstart --run runs/again --resume runs/quickstart/checkpoints/images-0000004096
       torchrun --nproc-per-node 8 -m -- megadit train my.yaml engine.kind=fsdp --run runs/a
     """
+    if weights is not None and from_weights is None:
+        raise ValueError("--weights chooses among those of --from-weights PLACE")
     from megadit.launcher.train import train as start
 
-    raise typer.Exit(start(recipe, overrides or [], run, resume))
+    source = None
+    if from_weights is not None:
+        from megadit.interop.starting_weights import source_of
+
+        source = source_of(from_weights, weights)
+    raise typer.Exit(start(recipe, overrides or [], run, resume, source))
 
 
 @app.command()
@@ -139,18 +162,23 @@ def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print the resolved recipe and its parameter table.
 
     The table has one line for each parameter: name, shape, role, width multiplier, initialisation, learning rate and
-    weight decay. It is computed without allocating a weight.
+    weight decay. It is computed without allocating a weight. Where the recipe has stages, a line for each says what it
+    changes, and the table is that of the first.
 
     \b
     Example:
       megadit recipe show quickstart model.width=512
     """
     from megadit.parametrization.table import build_table, format_table
-    from megadit.recipe import dump, load
+    from megadit.recipe import dump, load, plan
+    from megadit.recipe.stages import format_plan
 
     resolved = load(recipe, overrides or [])
+    stages = plan(resolved)
     print(dump(resolved))
-    print(format_table(build_table(resolved)))
+    if resolved.stages:
+        print(format_plan(stages), end="\n\n")
+    print(format_table(build_table(stages[0].recipe)))
 
 
 @recipe_app.command("list")

@@ -71,10 +71,10 @@ def train(
     """
     if sharding:
         from megadit.benchmarks.sharding_cost import bench_sharding
-        from megadit.recipe import load
+        from megadit.recipe import load, one_stage
 
         size = None if micro_batch is None else int(micro_batch)
-        _show([bench_sharding(load(recipe, overrides or []), size, pairs)], json)
+        _show([bench_sharding(one_stage(load(recipe, overrides or []), "megadit bench"), size, pairs)], json)
         return
     from megadit.benchmarks.train_speed import bench_train
 
@@ -166,9 +166,9 @@ def peers(
       megadit bench peers quickstart --pairs 25
     """
     from megadit.benchmarks.peer_speed import bench_peers
-    from megadit.recipe import load
+    from megadit.recipe import load, one_stage
 
-    loaded = load(recipe, overrides or [])
+    loaded = one_stage(load(recipe, overrides or []), "megadit bench")
     size = batch or loaded.training.batch_size // loaded.engine.num_ranks
     _show([bench_peers(loaded, size, text_tokens, precision or loaded.training.precision, pairs)], json)
 

@@ -38,9 +38,8 @@ def process_group(needed: bool, timeout_seconds: float = 600, num_replicas: int 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    num_shards = size // num_replicas
     try:
-        yield Topology(Axis(rank // num_shards, num_replicas), Axis(rank % num_shards, num_shards), joined=True)
+        yield Topology(shard=Axis(rank, size), joined=True).with_replicas(num_replicas)
         dist.barrier()  # without it gloo's teardown aborts one time in six (measured; pytorch issue 190489)
     finally:
         dist.destroy_process_group()

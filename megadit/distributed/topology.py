@@ -1,7 +1,7 @@
 """Which rank this process is, along which axes. Made by `process_group` alone, and handed on to whoever asks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,14 @@ class Topology:
     replicate: Axis = Axis()
     shard: Axis = Axis()
     joined: bool = False  # whether there is a process group, which one rank may have, too
+
+    def with_replicas(self, num_replicas: int) -> "Topology":
+        """The same ranks in other rows. Raises ValueError where `num_replicas` do not divide them."""
+        if self.size % num_replicas:
+            raise ValueError(f"engine.num_replicas {num_replicas} does not divide the {self.size} ranks")
+        num_shards = self.size // num_replicas
+        replicate = Axis(self.rank // num_shards, num_replicas)
+        return replace(self, replicate=replicate, shard=Axis(self.rank % num_shards, num_shards))
 
     @property
     def data(self) -> Axis:

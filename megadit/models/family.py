@@ -8,13 +8,13 @@ recipe).
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import model_validator
 from torch import nn
 
 from megadit.models.rules import Rules
-from megadit.node import Node, PositiveInt
+from megadit.node import STAGE, Node, PositiveInt
 
 if TYPE_CHECKING:
     from megadit.models.diffusers_format import DiffusersFormat
@@ -45,7 +45,8 @@ class ModelConfig(Node):
     """
 
     family: str
-    input_size: PositiveInt = 32  # side of the square input; 32 latent pixels are 256 pixels of the usual autoencoder
+    # Side of the square input; 32 latent pixels are 256 pixels of the usual autoencoder. No parameter depends on it.
+    input_size: Annotated[PositiveInt, STAGE] = 32
     in_channels: PositiveInt = 4
     patch_size: PositiveInt = 2
     width: PositiveInt

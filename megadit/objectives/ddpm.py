@@ -7,14 +7,22 @@ It is sampled by diffusers' schedulers: ancestral, and DPM-Solver++.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from megadit.batch import Batch
 from megadit.models import ModelConfig
-from megadit.objectives.objective import Losses, ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
+from megadit.objectives.objective import (
+    SAME_LOSS,
+    Losses,
+    ObjectiveConfig,
+    ObjectiveKind,
+    Predict,
+    SamplerKind,
+    arguments,
+)
 
 NUM_TIMESTEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # linear between (arXiv 2006.11239, section 4)
@@ -31,7 +39,7 @@ SCHEDULE = {  # of diffusers; "leading" and "trailing" are off by up to 27% from
 class DDPMObjective(ObjectiveConfig):
     """Noise prediction with a learned variance: L_simple + L_vlb (arXiv 2102.09672), 1000 steps, linear betas."""
 
-    kind: Literal["ddpm"] = "ddpm"
+    kind: Annotated[Literal["ddpm"], SAME_LOSS] = "ddpm"
 
     @property
     def metrics(self) -> tuple[str, ...]:

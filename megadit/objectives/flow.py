@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from megadit.batch import Batch
 from megadit.models import ModelConfig
-from megadit.node import Node, Power
-from megadit.objectives.objective import Losses, ObjectiveConfig, ObjectiveKind, Predict, SamplerKind, arguments
+from megadit.node import STAGE, Node, Power, identity
+from megadit.objectives.objective import (
+    SAME_LOSS,
+    Losses,
+    ObjectiveConfig,
+    ObjectiveKind,
+    Predict,
+    SamplerKind,
+    arguments,
+)
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -23,17 +31,17 @@ NUM_TIMESTEPS = 1000  # times are t * 1000
 class RepaLoss(Node):
     """Alignment with a pretrained image encoder (arXiv 2410.06940); the model needs `model.repa`, too."""
 
-    weight: Annotated[Power, Field(ge=0)] = 0.5
+    weight: Annotated[Power, Field(ge=0), STAGE] = 0.5
     encoder: str  # folder of a transformers DINOv2 model
 
 
 class FlowObjective(ObjectiveConfig):
     """Rectified flow with logit-normal timesteps (arXiv 2403.03206, section 3.1)."""
 
-    kind: Literal["flow"] = "flow"
-    logit_mean: float = 0.0
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
-    repa: RepaLoss | None = None
+    kind: Annotated[Literal["flow"], SAME_LOSS] = "flow"
+    logit_mean: Annotated[float, STAGE] = 0.0
+    logit_std: Annotated[float, Field(gt=0), STAGE] = 1.0
+    repa: Annotated[RepaLoss | None, identity("the head is trained to one encoder's features")] = None
 
     @property
     def metrics(self) -> tuple[str, ...]:

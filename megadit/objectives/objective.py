@@ -9,24 +9,26 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megadit.batch import Batch
 from megadit.models import ModelConfig
-from megadit.node import Fraction, Node, PositiveInt
+from megadit.node import FREE, STAGE, Fraction, Node, PositiveInt, identity
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], timestep [], in [0, 1000]) -> prediction, fp32
+
+SAME_LOSS = identity("what the model predicts follows from it")
 
 
 class ObjectiveConfig(Node):
     """The `objective` section of a recipe: what all objectives share."""
 
-    kind: str
-    condition_dropout: Fraction = 0.1
-    num_loss_bins: PositiveInt = 4  # timestep bins whose losses are logged on their own
+    kind: Annotated[str, SAME_LOSS]
+    condition_dropout: Annotated[Fraction, STAGE] = 0.1
+    num_loss_bins: Annotated[PositiveInt, FREE] = 4  # timestep bins whose losses are logged on their own
 
     @property
     @abstractmethod

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from megadit.node import Fraction, Power
-from megadit.optimizers.optimizer import OptimizerConfig, OptimizerKind, Scaling
+from megadit.node import STAGE, Fraction, Power
+from megadit.optimizers.optimizer import SAME_STATE, OptimizerConfig, OptimizerKind, Scaling
 
 
 class AdamWConfig(OptimizerConfig):
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[Power, Field(gt=0)] = 1e-8
+    kind: Annotated[Literal["adamw"], SAME_STATE] = "adamw"
+    betas: Annotated[tuple[Fraction, Fraction], STAGE] = (0.9, 0.999)
+    eps: Annotated[Power, Field(gt=0), STAGE] = 1e-8
 
     def hyperparameters(self, scaling: Scaling) -> dict[str, float]:
         """The rule for Adam of Tensor Programs V (arXiv 2203.03466, table 8)."""

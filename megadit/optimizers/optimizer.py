@@ -15,9 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megadit.node import Node, Power
+from megadit.node import STAGE, Node, Power, identity
 
 RESERVED = ("weight", "ema_")  # what checkpoints call weights, and how names of averages begin
+
+SAME_STATE = identity("its state is that of this optimizer")
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Scaling:
 class OptimizerConfig(Node):
     """The `optimizer` section of a recipe: what all optimizers share. `lr` is the base rate, scaled by role."""
 
-    kind: str
-    lr: Annotated[Power, Field(gt=0)]
-    weight_decay: Annotated[Power, Field(ge=0)] = 0.0
-    decay_vectors: bool = True  # false: biases and the gains of norms are not decayed; tables and embeddings are
-    max_grad_norm: Annotated[Power, Field(gt=0)] | None = 1.0  # null: gradients are not clipped
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps, whatever the number of ranks
-    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
+    kind: Annotated[str, SAME_STATE]
+    lr: Annotated[Power, Field(gt=0), STAGE]
+    weight_decay: Annotated[Power, Field(ge=0), STAGE] = 0.0
+    decay_vectors: Annotated[bool, STAGE] = (
+        True  # false: biases and the gains of norms are not decayed; tables and embeddings are
+    )
+    max_grad_norm: Annotated[Annotated[Power, Field(gt=0)] | None, STAGE] = 1.0  # null: gradients are not clipped
+    warmup_steps: Annotated[int, Field(ge=0), STAGE] = 0  # optimizer steps, whatever the number of ranks
+    schedule: Annotated[Literal["constant", "cosine"], STAGE] = "constant"  # after warm-up; cosine ends at zero
 
     @abstractmethod
     def hyperparameters(self, scaling: Scaling) -> dict[str, float]:
@@ -48,6 +52,11 @@ class OptimizerConfig(Node):
     def base_decay(self, scaling: Scaling) -> float:
         """Weight decay before it is scaled."""
         return 0.0 if scaling.is_vector and not self.decay_vectors else self.weight_decay
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether `lr_factor` of a step depends on the number of steps, so that a longer run is another one."""
+        return self.schedule == "cosine"
 
     def lr_factor(self, step: int, num_steps: int) -> float:
         """The learning rate of step `step` (from 0) of a run of `num_steps`, as a fraction of the base rate."""

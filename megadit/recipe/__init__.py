@@ -1,6 +1,7 @@
 """The recipe: one YAML file, one frozen tree, everything that a run is a function of."""
 
-from megadit.recipe.comparison import Differences, differences, is_free
+from megadit.recipe.comparison import Differences, differences, mark_of
+from megadit.recipe.continuation import compare_pasts, require_same_past
 from megadit.recipe.loading import (
     RECIPE_FOLDER,
     all_presets,
@@ -21,8 +22,10 @@ from megadit.recipe.schema import (
     Parametrization,
     Recipe,
     TaskName,
+    average_names,
     check_world_size,
 )
+from megadit.recipe.stages import Stage, one_stage, plan, stages_of
 from megadit.recipe.yaml_file import RecipeError
 
 __all__ = [
@@ -38,14 +41,21 @@ __all__ = [
     "Parametrization",
     "Recipe",
     "RecipeError",
+    "Stage",
     "TaskName",
     "all_presets",
+    "average_names",
     "check_world_size",
+    "compare_pasts",
     "differences",
     "dump",
-    "is_free",
     "load",
+    "mark_of",
+    "one_stage",
     "parse",
     "parse_text",
+    "plan",
+    "require_same_past",
     "resolve",
+    "stages_of",
 ]

@@ -1,6 +1,6 @@
 """The recipe: one frozen tree, everything that a run is a function of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from megadit.models import FAMILIES, ModelConfig
-from megadit.node import Fraction, Node, PositiveInt
+from megadit.node import FREE, STAGE, Fraction, Mark, Node, PositiveInt, identity
 from megadit.objectives import OBJECTIVES, ObjectiveConfig, sampler_names
 from megadit.objectives.flow import FlowObjective
 from megadit.optimizers import OPTIMIZERS, OptimizerConfig
@@ -39,22 +39,25 @@ class Parametrization(Node):
 class Data(Node):
     """Where the samples lie and how they are dealt. What is dealt at a step depends on nothing else."""
 
-    url: str  # s3://bucket/prefix or file:///folder of a data set
-    validation_url: str | None = None
-    num_streams: PositiveInt = 4  # K: the number of ranks divides it, it divides the batch size
-    chunk_samples: PositiveInt = 8  # C: neighbours read by one Range GET
-    chunks_per_group: PositiveInt = 4  # G: chunks whose samples are shuffled together in memory
-    num_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes per rank; 0 decodes in the trainer
+    url: Annotated[str, FREE]  # s3://bucket/prefix or file:///folder of a data set
+    validation_url: Annotated[str | None, FREE] = None
+    num_streams: Annotated[PositiveInt, STAGE] = 4  # K: the number of ranks divides it, it divides the batch size
+    chunk_samples: Annotated[PositiveInt, STAGE] = 8  # C: neighbours read by one Range GET
+    chunks_per_group: Annotated[PositiveInt, STAGE] = 4  # G: chunks whose samples are shuffled together in memory
+    num_workers: Annotated[int, Field(ge=0), FREE] = 0  # decoding processes per rank; 0 decodes in the trainer
     # Of data sets whose pictures lie as they were found: the side in pixels of the square that they are brought to, or
     # of the square as large as each aspect-ratio bucket.
-    resolution: PositiveInt | None = None
-    aspect_buckets: bool = False
-    decoder: Literal["pillow-draft-bicubic"] = "pillow-draft-bicubic"  # how they are brought to it, to the last bit
-    memory_mb: PositiveInt = 4096  # 10^6 bytes: the most that a rank's stream holds, read and decoded
-    cache_folder: str | None = None  # on a local disk, shared by the ranks of a node; chunks are kept there
-    cache_gb: Annotated[float, Field(gt=0)] = 100.0  # 10^9 bytes
-    client: Literal["boto3", "obstore"] = "boto3"  # who reads from S3; obstore is an optional package
-    max_corrupt_share: Fraction = 0.001  # of a rank's samples; more that are corrupt stop the run
+    resolution: Annotated[PositiveInt | None, STAGE] = None
+    aspect_buckets: Annotated[bool, STAGE] = False
+    # How they are brought to it, to the last bit.
+    decoder: Annotated[Literal["pillow-draft-bicubic"], STAGE] = "pillow-draft-bicubic"
+    memory_mb: Annotated[PositiveInt, FREE] = 4096  # 10^6 bytes: the most that a rank's stream holds, read and decoded
+    cache_folder: Annotated[str | None, FREE] = (
+        None  # on a local disk, shared by the ranks of a node; chunks are kept there
+    )
+    cache_gb: Annotated[float, Field(gt=0), FREE] = 100.0  # 10^9 bytes
+    client: Annotated[Literal["boto3", "obstore"], FREE] = "boto3"  # who reads from S3; obstore is an optional package
+    max_corrupt_share: Annotated[Fraction, FREE] = 0.001  # of a rank's samples; more that are corrupt stop the run
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -69,7 +72,7 @@ class Encoders(Node):
     text: str | None = None  # minilm, or the folder of a transformers text model
     max_tokens: PositiveInt = 120  # captions are cut after so many
     vae: str | None = None  # folder of an AutoencoderKL of diffusers
-    sharded: bool = False  # the weights of the text encoder are spread over the ranks
+    sharded: Annotated[bool, FREE] = False  # the weights of the text encoder are spread over the ranks
 
     @model_validator(mode="after")
     def _check(self) -> "Encoders":
@@ -80,23 +83,33 @@ class Encoders(Node):
         return self
 
 
+_AVERAGED = identity("an average is of all steps so far")
+
+
+def average_names(rates: Sequence[float], power_stds: Sequence[float]) -> list[str]:
+    """What averages are called in checkpoints, recipes and commands, in the order in which they are listed there."""
+    return [*(f"ema_{rate}" for rate in rates), *(f"ema_std{std}" for std in power_stds)]
+
+
 class Training(Node):
     """How long, how much at once, how precisely."""
 
-    num_images: PositiveInt
-    batch_size: PositiveInt  # samples of one optimizer step, over all ranks
-    micro_batch_size: PositiveInt | None = None  # samples of one forward pass on one rank; default: no accumulation
+    num_images: Annotated[PositiveInt, STAGE]
+    batch_size: Annotated[PositiveInt, STAGE]  # samples of one optimizer step, over all ranks
+    # Samples of one forward pass on one rank; default: no accumulation.
+    micro_batch_size: Annotated[PositiveInt | None, FREE] = None
     # Of matrix products; weights, moments and reductions stay fp32. tf32 is for GPUs: a CPU computes it in fp32.
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.999,)  # averages: what each keeps at a step
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], STAGE] = "fp32"
+    # Averages: what each keeps at a step.
+    ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], _AVERAGED] = (0.999,)
     # More averages, over the last share of training (EDM2, arXiv 2312.02696): standard deviations of a power function
     # relative to the length of training so far, such as 0.05 and 0.1. The most, 12^-1/2, weighs all steps alike.
-    ema_power_stds: tuple[Annotated[float, Field(gt=0, le=12**-0.5)], ...] = ()
-    log_every_steps: PositiveInt = 10
+    ema_power_stds: Annotated[tuple[Annotated[float, Field(gt=0, le=12**-0.5)], ...], _AVERAGED] = ()
+    log_every_steps: Annotated[PositiveInt, FREE] = 10
     # Steps in a row that may be skipped because a loss or a gradient is not finite; the last of them stops the run. A
     # broken sample costs one step and a spike two; what goes on longer comes from the weights or the learning rate.
-    max_skipped_steps: PositiveInt = 3
-    stall_seconds: Annotated[float, Field(gt=0)] = 600  # without progress, after which a run that hangs ends
+    max_skipped_steps: Annotated[PositiveInt, FREE] = 3
+    stall_seconds: Annotated[float, Field(gt=0), FREE] = 600  # without progress, after which a run that hangs ends
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -104,12 +117,19 @@ class Training(Node):
             raise ValueError(f"num_images {self.num_images} must be a multiple of batch_size {self.batch_size}")
         return self
 
+    @property
+    def average_names(self) -> list[str]:
+        return average_names(self.ema_rates, self.ema_power_stds)
+
+
+_ONE_COMMAND = Mark(at_resume=True, reason="one command starts the processes of all stages")
+
 
 class Engine(Node):
     """How the model is spread over processes; has no effect on the trajectory but rounding."""
 
     kind: Literal["single", "fsdp", "zero1", "zero2", "zero3"] = "single"
-    num_ranks: PositiveInt = 1  # local processes that `megadit train` starts
+    num_ranks: Annotated[PositiveInt, _ONE_COMMAND] = 1  # local processes that `megadit train` starts
     num_replicas: PositiveInt = 1  # fsdp: the model is sharded over ranks / replicas, gradients go over all (HSDP)
     reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
     # Which blocks compute their activations again in the backward pass: all, every k-th (k = 1 is all), or all of them
@@ -159,7 +179,8 @@ class Checkpoints(Node):
     keep: PositiveInt = 2  # the newest so many stay
     keep_every_images: PositiveInt | None = None  # so does, for ever, the first one of each interval of so many images
     asynchronous: bool = True  # written beside training, from a copy in memory as large as this rank's state
-    copy_url: str | None = None  # s3://bucket/prefix that each is copied to; a run without any of its own resumes there
+    # s3://bucket/prefix that each is copied to; a run without any of its own resumes there
+    copy_url: Annotated[str | None, Mark(at_resume=True, reason="a run has its copies in one place")] = None
 
     @field_validator("copy_url")
     @classmethod
@@ -237,25 +258,26 @@ class Evaluation(Node):
 class Recipe(Node):
     """The whole tree."""
 
-    name: str
+    name: Annotated[str, identity("it is what the run is called")]
     # Python modules that add model families, objectives or optimizers; they are imported before the rest is read.
-    imports: tuple[str, ...] = ()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    model: SerializeAsAny[ModelConfig]
-    parametrization: Parametrization
+    imports: Annotated[tuple[str, ...], identity("they say what the model is")] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63), identity("weights, order and noise are drawn from it")] = 0
+    model: Annotated[SerializeAsAny[ModelConfig], identity("the weights are those of this model")]
+    parametrization: Annotated[Parametrization, identity("the weights are scaled by it")]
     objective: SerializeAsAny[ObjectiveConfig] = FlowObjective()
     data: Data
-    encoders: Encoders | None = None
+    encoders: Annotated[Encoders | None, STAGE] = None
     optimizer: SerializeAsAny[OptimizerConfig]
     training: Training
-    engine: Engine = Engine()
-    hardware: Hardware | None = None
-    checkpoints: Checkpoints
-    validation: Validation | None = None
-    eval: Evaluation | None = None
-    provenance: dict[str, Any] | None = (
-        None  # where transferred hyperparameters come from; `megadit transfer` writes it
-    )
+    engine: Annotated[Engine, FREE] = Engine()
+    hardware: Annotated[Hardware | None, FREE] = None
+    checkpoints: Annotated[Checkpoints, FREE]
+    validation: Annotated[Validation | None, FREE] = None
+    eval: Annotated[Evaluation | None, Mark(at_resume=True, reason="a run is evaluated in one way")] = None
+    # Where transferred hyperparameters come from; `megadit transfer` writes it.
+    provenance: Annotated[dict[str, Any] | None, Mark(at_resume=True, reason="it is about the whole recipe")] = None
+    # Parts of one run, one after the other: what each changes of the rest, which is a recipe itself. See stages.py.
+    stages: Annotated[tuple[dict[str, Any], ...], identity("stages are compared one by one")] = ()
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":

@@ -88,11 +88,12 @@ def generate(
 
 
 def load_model(run: Path, ema: str | None = None) -> tuple[nn.Module, Recipe]:
-    """The model of a run with the weights of its newest whole checkpoint, fp32, for inference; the run's recipe."""
-    recipe = run_folder.load_recipe(run)
+    """The model of a run with the weights of its newest whole checkpoint, fp32, for inference; its stage's recipe."""
+    run_folder.load_recipe(run)  # says where `run` is none
     path = checkpoint.newest_valid(run / "checkpoints")
     if path is None:
         raise ValueError(f"{run} has no usable checkpoint yet")
+    recipe = run_folder.recipe_of(path)
     return load_weights(recipe, path, ema or default_weights(path)), recipe
 
 

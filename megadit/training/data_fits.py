@@ -31,9 +31,18 @@ def check_data_fits(recipe: Recipe, manifest: Manifest, validation: Manifest | N
     if validation is not None:
         where = f"the validation data at {recipe.data.validation_url}"
         _check_set(recipe, validation, where)
-        ours, theirs = _identity(manifest), _identity(validation)
-        if differing := [name for name, facts in ours.items() if facts != theirs[name]]:
-            raise ValueError(f"{where} has other {' and '.join(differing)} than the data at {recipe.data.url}")
+        _require_same_identity(manifest, validation, where, recipe.data.url)
+
+
+def require_one_encoding(first: Recipe, manifest: Manifest, later: Recipe, manifest_later: Manifest) -> None:
+    """Raise ValueError unless the data of a later stage is encoded as that of the first of a run."""
+    _require_same_identity(manifest, manifest_later, f"the data at {later.data.url}", first.data.url)
+
+
+def _require_same_identity(manifest: Manifest, other: Manifest, where: str, url: str) -> None:
+    ours, theirs = _identity(manifest), _identity(other)
+    if differing := [name for name, facts in ours.items() if facts != theirs[name]]:
+        raise ValueError(f"{where} has other {' and '.join(differing)} than the data at {url}")
 
 
 def _identity(manifest: Manifest) -> dict[str, object]:

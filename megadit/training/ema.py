@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadit.engines.base import Shard
+from megadit.recipe import average_names
 
 
 class Averages:
@@ -42,11 +43,6 @@ class Averages:
     def by_name(self) -> dict[str, dict[str, Tensor]]:
         """Average name ("ema_0.999", "ema_std0.1") -> parameter name -> flat values, as views."""
         return {name: dict(zip(self._names, values, strict=True)) for name, values in self._averages.items()}
-
-
-def average_names(rates: Sequence[float], power_stds: Sequence[float]) -> list[str]:
-    """What averages are called in checkpoints and commands, in the order in which they are listed there."""
-    return [*(f"ema_{rate}" for rate in rates), *(f"ema_std{std}" for std in power_stds)]
 
 
 def exponent_of_std(relative_std: float) -> float:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megadit.files import write_text
+from megadit.recipe import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,9 @@ logger = logging.getLogger(__name__)
 class Metrics:
     """Writes RUN/metrics.jsonl and RUN/tensorboard; continues both from `images_seen`."""
 
-    def __init__(self, run: Path, images_seen: int, num_images: int) -> None:
+    def __init__(self, run: Path, images_seen: int, stage: Stage) -> None:
+        # Which stage a line is of, where there are several.
+        self._stage = {"stage": stage.number} if stage.num_stages > 1 else {}
         path = run / "metrics.jsonl"
         _drop_after(path, images_seen)
         self._lines = path.open("a")
@@ -35,7 +38,7 @@ class Metrics:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=num_images, completed=images_seen, status="")
+        self._task = self._progress.add_task("training", total=stage.last_image, completed=images_seen, status="")
 
     def __enter__(self) -> "Metrics":
         self._progress.start()
@@ -52,7 +55,7 @@ class Metrics:
 
     def log(self, kind: str, images: int, text: str, **values: Any) -> None:
         """One line of metrics.jsonl, its numbers to TensorBoard, and one line of text where there is no terminal."""
-        self._lines.write(json.dumps({"kind": kind, "images": images, **values}) + "\n")
+        self._lines.write(json.dumps({"kind": kind, "images": images, **self._stage, **values}) + "\n")
         self._lines.flush()
         prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
         for name, value in values.items():

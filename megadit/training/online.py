@@ -16,7 +16,7 @@ from megadit.batch import Batch, concatenate, pad_text
 from megadit.data.encoders.autoencoder import Autoencoder
 from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.distributed import Topology
-from megadit.randomness import Purpose, generator
+from megadit.randomness import Purpose, generator, seed_of_stage
 from megadit.recipe import Encoders, Recipe
 from megadit.training.sharded_encoder import load_sharded
 
@@ -35,8 +35,9 @@ class OnlineEncoders:
     all ranks, which then must encode equally often. Raises TextEncoderError and AutoencoderError.
     """
 
-    def __init__(self, encoders: Encoders, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, encoders: Encoders, recipe: Recipe, topology: Topology, stage: int = 0) -> None:
         self._seed, self._device = recipe.seed, topology.device
+        self._training_seed = seed_of_stage(recipe.seed, stage)
         self._num_strata = recipe.validation.num_timesteps if recipe.validation else 0
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self.text: TextEncoder | None = None
@@ -51,7 +52,8 @@ class OnlineEncoders:
         """The batch on the device, with text features and latents, encoded `size` samples at a time."""
 
         def draws(row: int) -> np.random.Generator:
-            found = generator(self._seed, Purpose.TRAINING_SAMPLE, int(batch.epoch[row]), int(batch.sample[row]))
+            epoch, sample = int(batch.epoch[row]), int(batch.sample[row])
+            found = generator(self._training_seed, Purpose.TRAINING_SAMPLE, epoch, sample)
             found.random(2, dtype=np.float32)  # timestep and condition dropout
             return found
 

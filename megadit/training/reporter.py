@@ -17,24 +17,26 @@ from megadit.models import family_of, num_flops
 from megadit.parametrization.spec import ParamSpec
 from megadit.parametrization.table import build_table
 from megadit.planning.ceilings import device_name, peak_flops
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, Stage
 from megadit.training.metrics import Metrics
 from megadit.training.skipped import SkippedSteps
 from megadit.training.telemetry import PHASES, Costs, Telemetry
 from megadit.training.validation import ValidationLoss
 
 
-def banner(recipe: Recipe, specs: Sequence[ParamSpec], num_samples: int, topology: Topology) -> str:
+def banner(stage: Stage, specs: Sequence[ParamSpec], num_samples: int, topology: Topology) -> str:
     """What is about to run, in a few lines."""
+    recipe = stage.recipe
     num_parameters = Counter[str]()
     for spec in specs:
         num_parameters[spec.role] += torch.Size(spec.shape).numel()
     roles = ", ".join(f"{role} {count:,}" for role, count in num_parameters.most_common())
     epochs = recipe.training.num_images / num_samples
+    name = recipe.name if stage.num_stages == 1 else f"{recipe.name}, {stage}"
     ours = kernels.in_use(family_of(recipe.model).kernels, topology.device.type, recipe.engine.compile)
     return "\n".join(
         [
-            f"{recipe.name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "
+            f"{name}: {recipe.model.family} of width {recipe.model.width}, {recipe.parametrization.kind}, "
             f"{sum(num_parameters.values()):,} parameters ({roles}); a forward pass takes "
             f"{num_flops(recipe.model, 0) / 1e9:.3g} GFLOP per image and "
             f"{(num_flops(recipe.model, 1) - num_flops(recipe.model, 0)) / 1e9:.3g} per text token",
@@ -78,13 +80,14 @@ def _describe_device(recipe: Recipe, topology: Topology) -> str:
 class Reporter:
     """Collects what every rank saw; rank 0 writes it down. All methods are called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, run: Path, images_seen: int, telemetry: Telemetry, topology: Topology) -> None:
-        self._recipe = recipe
+    def __init__(self, stage: Stage, run: Path, images_seen: int, telemetry: Telemetry, topology: Topology) -> None:
+        self._stage, self._recipe = stage, stage.recipe
+        recipe = stage.recipe
         self._telemetry = telemetry
         self._topology = topology
         self._names = recipe.objective.metrics
         self._roles = [spec.role for spec in build_table(recipe)]
-        self._metrics = Metrics(run, images_seen, recipe.training.num_images) if topology.is_first else None
+        self._metrics = Metrics(run, images_seen, stage) if topology.is_first else None
         self._log_images = recipe.training.log_every_steps * recipe.training.batch_size
         self._num_replaced = 0  # since this process began, as the skipped steps
         self._start_interval()
@@ -112,7 +115,7 @@ class Reporter:
             num_bins, loss_BM = len(self._bins), result.losses.columns(self._names)
             bin_B = (timestep_B / 1000 * num_bins).long().clamp(max=num_bins - 1)
             self._bins.index_add_(0, bin_B, torch.cat([loss_BM.new_ones(len(loss_BM), 1), loss_BM], dim=1))
-        if images_seen % self._log_images and images_seen < self._recipe.training.num_images:
+        if (images_seen - self._stage.first_image) % self._log_images and images_seen < self._stage.last_image:
             return
         sums, costs = self._topology.sum(self._bins), self._telemetry.take()
         self._count_replaced(images_seen, costs.num_replaced)
@@ -134,7 +137,7 @@ class Reporter:
             "train",
             images_seen,
             f"{images_seen} images  loss {loss:.4f}  {speed}  grad norm {result.grad_norm:.3g}",
-            step=images_seen // self._recipe.training.batch_size,
+            step=self._stage.steps(images_seen),
             loss=loss,
             **dict(zip(self._names, by_metric, strict=True)),
             loss_bins=[total / count if count else None for count, total in sums[:, :2].tolist()],
@@ -173,7 +176,7 @@ class Reporter:
                 images_seen,
                 f"{images_seen} images  step skipped: the gradient norm is {result.grad_norm} "
                 f"({skipped.in_a_row} in a row, {skipped.total} in all)",
-                step=images_seen // self._recipe.training.batch_size,
+                step=self._stage.steps(images_seen),
                 grad_norm=str(result.grad_norm),
                 in_a_row=skipped.in_a_row,
                 skipped_steps=skipped.total,

@@ -11,6 +11,7 @@ A run is a function of its recipe, so the other run must have the same one but f
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from megadit import recipe as recipes
@@ -19,16 +20,22 @@ from megadit.data.storage import open_store
 from megadit.distributed import Topology
 from megadit.recipe import Recipe
 from megadit.training import checkpoint, run_folder
-from megadit.training.checkpoint import CheckpointError, Saver
+from megadit.training.checkpoint import CheckpointError
 from megadit.training.checkpoint.copies import RECIPE, Copies
-from megadit.training.checkpoint.folders import HEADER
+from megadit.training.checkpoint.folders import HEADER, images_seen
 
 AUTO, NEVER = "auto", "never"
 CHOICES = "auto, never, the folder of a run or of a checkpoint, or the checkpoints.copy_url of a run"
 logger = logging.getLogger(__name__)
 
 
-def check(resume: str, run: Path, recipe: Recipe, manifest: Manifest) -> None:
+def images_begun(run: Path) -> int:
+    """Images seen by the newest checkpoint of a run, of which the name alone is looked at; 0 where there is none."""
+    own = checkpoint.newest_first(run / "checkpoints")
+    return images_seen(own[0]) if own else 0
+
+
+def check(resume: str, run: Path, recipe: Recipe, manifests: Mapping[int, Manifest]) -> None:
     """Raise ValueError where `run` cannot begin as `resume` says. Called on one rank, before anything is written."""
     own = checkpoint.newest_first(run / "checkpoints")
     if resume == NEVER:
@@ -44,17 +51,17 @@ def check(resume: str, run: Path, recipe: Recipe, manifest: Manifest) -> None:
                 "checkpoints.copy_url"
             )
     elif resume != AUTO and not own:
-        _check_other(resume, recipe, manifest)
+        _check_other(resume, recipe, manifests)
 
 
-def starting_point(resume: str, saver: Saver, run: Path, recipe: Recipe, topology: Topology) -> Path | None:
+def starting_point(resume: str, run: Path, recipe: Recipe, topology: Topology) -> Path | None:
     """The checkpoint to begin with; None for the first step. Called by all ranks together, after `check`.
 
     Raises CheckpointError when there are checkpoints and none is whole, or when it is of another run.
     """
     if resume == NEVER:
         return None
-    own = saver.newest()
+    own = checkpoint.newest_of_run(run, recipe, topology)
     if own is not None or resume == AUTO:
         return own
     if _is_url(resume):
@@ -68,22 +75,26 @@ def starting_point(resume: str, saver: Saver, run: Path, recipe: Recipe, topolog
     return path
 
 
-def _check_other(resume: str, recipe: Recipe, manifest: Manifest) -> None:
+def _check_other(resume: str, recipe: Recipe, manifests: Mapping[int, Manifest]) -> None:
     place = f"--resume {resume}"
     if _is_url(resume):
         store = open_store(resume)
-        if not any(name.endswith(f"/{HEADER}") for name in store.list("images-")):
+        headers = [Path(name).parent for name in store.list("images-") if name.endswith(f"/{HEADER}")]
+        if not headers:
             raise ValueError(f"{place}: there is no copy of a checkpoint; allowed: {CHOICES}")
         there = recipes.parse_text(store.get(RECIPE), store.url(RECIPE))
-        run_folder.require_same_recipe(there, recipe, place)
+        recipes.require_same_past(there, recipe, max(map(images_seen, headers)), place)
         return
     path = Path(resume)
     other = path.parent.parent if _is_checkpoint(path) else path
+    begun = checkpoint.read_header(path).images_seen if _is_checkpoint(path) else images_begun(path)
     if not _is_checkpoint(path) and not checkpoint.newest_first(path / "checkpoints"):
         raise ValueError(f"{place}: there is no checkpoint; allowed: {CHOICES}")
     if (other / RECIPE).is_file():
-        run_folder.require_same_recipe(run_folder.load_recipe(other), recipe, place)
-        run_folder.require_same_data(other, manifest)
+        recipes.require_same_past(run_folder.load_recipe(other), recipe, begun, place)
+        for stage in recipes.plan(recipe):
+            if stage.number == 0 or stage.first_image < begun:
+                run_folder.require_same_data(other, manifests[stage.number], stage.number)
     else:
         logger.warning(
             "%s: no run is around this checkpoint, so its recipe is unknown; only the model is compared", place

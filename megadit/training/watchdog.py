@@ -46,11 +46,14 @@ class Watchdog:
     Time in which the whole process was frozen (a debugger, a suspended job) does not count.
     """
 
-    def __init__(self, limit: float, folder: Path, end: Callable[[Exception], object], topology: Topology) -> None:
+    def __init__(
+        self, limit: float, folder: Path, end: Callable[[Exception], object], topology: Topology, stage: int = 0
+    ) -> None:
         self._limit = limit
         self._folder = folder
         self._end = end
         self._topology = topology
+        self._stage = stage
         self._interval = min(limit / 10, 5.0)
         self._silence = 0.0
         self._beat = Beat(0, 0, "start", 0, 0)
@@ -106,7 +109,7 @@ class Watchdog:
         if self._topology.size == 1:
             return
         try:
-            store = _own_connection()
+            store = _own_connection(self._stage)
             for number in range(1, 2**62):
                 beat = self._beat
                 store.set(f"{self._topology.rank}", json.dumps([beat.marks, beat.step, beat.phase, beat.signs, number]))
@@ -161,10 +164,12 @@ class Watchdog:
         )
 
 
-def _own_connection() -> dist.Store:
+def _own_connection(stage: int) -> dist.Store:
     """The ranks' store through a connection of its own: a wait in the main thread must not block this one."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=STORE_SECONDS)
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    # torchrun keeps one store over restarts: what the ranks said before one must not be taken for the present.
-    return dist.PrefixStore(f"megadit-watchdog-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # torchrun keeps one store over restarts: what the ranks said before one, or in the stage before this one, must not
+    # be taken for the present.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"megadit-watchdog-{start}-{stage}", store)

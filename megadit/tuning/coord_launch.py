@@ -7,7 +7,7 @@ from pathlib import Path
 from megadit.exit_codes import DONE, FAILED
 from megadit.launcher.environment import Ranks
 from megadit.launcher.join import launch_or_join
-from megadit.recipe import load
+from megadit.recipe import load, one_stage
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def coord_check(
 
     Returns 0 where every |slope| is at most `band`, else 1. Raises ValueError for widths that cannot be used.
     """
-    recipe = load(source, overrides)
+    recipe = one_stage(load(source, overrides), "megadit coord-check")
     folder = out or Path("runs") / f"{recipe.name}-coord"
 
     def check_and_judge(ranks: Ranks) -> int:

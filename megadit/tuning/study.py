@@ -234,8 +234,15 @@ def value_at(recipe: Recipe, key: str) -> Any:
     return value
 
 
+def what_matters(there: Recipe, here: Recipe) -> recipes.Differences:
+    """What makes numbers of two runs incomparable: validation, too, which is free in one run."""
+    changed = recipes.differences(there, here)
+    kept = {key for key in changed if key in changed.matter or key.split(".")[0] == "validation"}
+    return recipes.Differences({key: changed[key] for key in sorted(kept)}, changed.marks)
+
+
 def _check_same(folder: Path, recipe: Recipe, metric: str, data: Mapping[str, Any]) -> None:
-    changed = recipes.differences(recipes.load(folder / RECIPE_NAME), recipe).matter
+    changed = what_matters(recipes.load(folder / RECIPE_NAME), recipe)
     matter = [str(changed)] if changed else []
     facts = _read_facts(folder)
     if facts["metric"] != metric:

@@ -25,7 +25,7 @@ from megadit.training.signals import StopRequest, stop_on_signal
 from megadit.tuning import space as spaces, trial as trials
 from megadit.tuning.curve import Curve, Divergence, find_divergence, full_name
 from megadit.tuning.space import Dimension, Point
-from megadit.tuning.study import Claim, Study, Trial, count_states, open_or_create
+from megadit.tuning.study import Claim, Study, Trial, count_states, open_or_create, what_matters
 
 POLL_SECONDS = 0.5
 Sampler = Literal["grid", "random"]
@@ -210,7 +210,7 @@ def _log_summary(study: Study) -> None:
 
 def _base_recipe(source: str, overrides: Sequence[str]) -> Recipe:
     """The recipe with what a sweep needs of it: a loss for each step (none is skipped), no checkpoint but the last."""
-    recipe = recipes.load(source, overrides)
+    recipe = recipes.one_stage(recipes.load(source, overrides), "megadit sweep")
     settings = ["training.log_every_steps=1", "training.max_skipped_steps=1"]
     settings.append(f"checkpoints.every_images={recipe.training.num_images}")
     return recipes.load(source, [*overrides, *settings])
@@ -248,7 +248,7 @@ def _check_run(trial: Trial) -> None:
     """Raise ValueError when the trial's folder holds a run of another recipe."""
     if not (trial.run / "recipe.yaml").exists():
         return
-    if matter := recipes.differences(run_folder.load_recipe(trial.run), trial.recipe).matter:
+    if matter := what_matters(run_folder.load_recipe(trial.run), trial.recipe):
         raise ValueError(f"{trial.run} holds a run of another recipe ({', '.join(matter)} differ); remove it")
 
 

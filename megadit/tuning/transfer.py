@@ -125,7 +125,11 @@ def _check(
         for key, (ours, theirs) in differences.items()
         if key not in tuned and not (same_base_shapes and key in _BASE_SHAPES)
     }
-    refused = {key: said for key, said in differing.items() if not _is_in(key, _MAY_DIFFER)}
+    refused = {
+        key: said
+        for key, said in differing.items()
+        if not (_is_in(key, _MAY_DIFFER) or differences.marks[key].at_resume)
+    }
     if studied.parametrization.kind == "sp":
         refused["parametrization.kind"] = (
             "parametrization.kind is sp in the study: its best learning rate moves with width"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megadit.launcher.forked import ForkedRanks
-from megadit.recipe import RECIPE_FOLDER, Recipe, load
+from megadit.recipe import RECIPE_FOLDER, Recipe, load, stages_of
 from megadit.sampling.generate import sample
 
 WAYS = {
@@ -58,6 +58,10 @@ def shrunk(name: str, way: str = "single") -> list[str]:
         changes |= {"validation.every_images": images, "validation.num_timesteps": 2, "validation.batch_size": 4}
     if recipe.model.feature_dim is not None:
         changes["model.repa.block"] = 1
+    for number, stage in enumerate(recipe.stages):
+        if "training" in stage:
+            micro = ", micro_batch_size: 2" if "micro_batch_size" in stage["training"] else ""
+            changes[f"stages.{number}.training"] = f"{{num_images: {images}, batch_size: {BATCH_SIZE}{micro}}}"
     return [f"{key}={value}" for key, value in changes.items()]
 
 
@@ -90,6 +94,12 @@ def fed(
         if model.conditions.num_classes is not None:
             manifest = json.loads((folder / "train" / "manifest.json").read_text())
             overrides.append(f"model.num_classes={len(manifest['labels'])}")
+        for number, stage in enumerate(recipe.stages):
+            if "data" in stage:
+                size = stages_of(recipe)[number].model.input_size
+                at_size = pack_pixels(size) if pixel_space else pack_latents(model.in_channels, 8 * size)
+                urls = f"{{url: {at_size}/train, validation_url: {at_size}/validation}}"
+                overrides.append(f"stages.{number}.data={urls}")
         return overrides, load(name, overrides)
 
     return feed
@@ -117,7 +127,7 @@ def test_it_trains_and_samples(
         ranks.finish()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
-    assert [line["step"] for line in trained] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in trained] == list(range(1, NUM_STEPS * len(stages_of(recipe)) + 1))
     assert all(line["skipped_steps"] == 0 and line["grad_norm"] > 0 for line in trained)
     assert (recipe.validation is None) == (not any(line["kind"] == "validation" for line in lines))
     pixel_space = recipe.model.in_channels == 3

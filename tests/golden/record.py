@@ -3,10 +3,11 @@
 `python -P tests/golden/record.py tests/golden/losses.json` writes what tests/test_golden_losses.py compares with.
 Only a change that means to change the arithmetic writes it anew, and its commit says why.
 
-A recipe is shortened by `training.num_images` and is otherwise what ships: one process, its own batch, the data that
-its first lines name. Products and sums take the code paths of AVX2, and of MKL those that are the same on every CPU:
-with them, one and two threads give the same bits. The CPU's own paths (AVX512) move losses by up to 6e-6 in 20 steps,
-mostly through the encoded captions, and gradient norms by up to 3e-5; those of SSE, 4e-6 on the same captions.
+A recipe is shortened by `training.num_images`, has its top level alone, and is otherwise what ships: one process, its
+own batch, the data that its first lines name. Products and sums take the code paths of AVX2, and of MKL those that are
+the same on every CPU: with them, one and two threads give the same bits. The CPU's own paths (AVX512) move losses by
+up to 6e-6 in 20 steps, mostly through the encoded captions, and gradient norms by up to 3e-5; those of SSE, 4e-6 on the
+same captions.
 """
 
 import json
@@ -43,7 +44,7 @@ def record(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     curves = {}
     for name in names or sorted(path.stem for path in RECIPE_FOLDER.glob("*-cpu.yaml")):
         num_images, run = NUM_STEPS * load(name).training.batch_size, folder / name
-        changes = [f"training.num_images={num_images}", "training.log_every_steps=1", "validation=null"]
+        changes = [f"training.num_images={num_images}", "training.log_every_steps=1", "validation=null", "stages=[]"]
         megadit("train", name, *urls, *changes, "--run", str(run))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if line["kind"] == "train"]

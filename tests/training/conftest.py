@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, load
 from megadit.training import checkpoint, trainer
 
 
@@ -80,3 +80,40 @@ def finished(train: Callable[..., Run], tiny_recipe: Callable[..., Recipe]) -> C
 def reference(finished: Callable[..., Run]) -> Run:
     """The uninterrupted run of a single process."""
     return finished()
+
+
+@pytest.fixture(scope="session")
+def staged_yaml(tiny_yaml: Path, pack_animals: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe at 16 pixels, 8 steps of 16, and then at 24, 12 steps of 8 in micro-batches."""
+    folder = tmp_path_factory.mktemp("larger")
+    pack_animals(str(folder), size=24)
+    path = tmp_path_factory.mktemp("recipes") / "staged.yaml"
+    path.write_text(f"""\
+extends: {tiny_yaml}
+name: staged
+training: {{num_images: 128, ema_power_stds: [0.1]}}
+checkpoints: {{every_images: 48, keep: 10}}
+validation: {{every_images: 1000, num_timesteps: 1}}
+stages:
+  - name: low
+  - name: high
+    data: {{url: "file://{folder}/train", validation_url: "file://{folder}/validation"}}
+    model: {{input_size: 24}}
+    optimizer: {{lr: 2^-8, schedule: constant, warmup_steps: 2}}
+    objective: {{logit_mean: 0.5, condition_dropout: 0.1}}
+    training: {{num_images: 96, batch_size: 8, micro_batch_size: 4}}
+    engine: {{activation_checkpointing: full}}
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def staged(staged_yaml: Path) -> Callable[..., Recipe]:
+    """The recipe of two stages, with overrides."""
+    return lambda *overrides: load(staged_yaml, overrides)
+
+
+@pytest.fixture(scope="session")
+def whole(staged: Callable[..., Recipe], train: Callable[..., Run]) -> Run:
+    """Its uninterrupted run on a single process. It is shared: tests that go on from it make a copy."""
+    return train(staged())

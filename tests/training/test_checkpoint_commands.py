@@ -54,7 +54,7 @@ def test_ls(run: Path) -> None:
     (run / "checkpoints" / NAMES[2] / "checkpoint.json").write_text("{}")
     first, second, third = call("ls", run).splitlines()[1:]
     header = checkpoint.read_header(run / "checkpoints" / NAMES[0])
-    assert first.split()[:4] == [NAMES[0], "16", "1", f"{header.num_bytes / 1e9:.3f}"]
+    assert first.split()[:5] == [NAMES[0], "16", "0", "1", f"{header.num_bytes / 1e9:.3f}"]
     assert first.endswith("weight ema_0.9, all files there")
     assert "damaged: rank-0.bin has" in second
     assert third.split()[:2] == [NAMES[2], "48"]

@@ -37,6 +37,13 @@ def make_saver(engine: Engine, tiny_recipe: Callable[..., Recipe], s3_bucket: st
 
 
 @pytest.fixture
+def newest(tiny_recipe: Callable[..., Recipe], s3_bucket: str) -> Callable[..., Path | None]:
+    """The checkpoint that a run begins with."""
+    url = f"checkpoints.copy_url={s3_bucket}/runs/a"
+    return lambda run, *overrides: checkpoint.newest_of_run(run, tiny_recipe(url, *overrides), ALONE)
+
+
+@pytest.fixture
 def two_copies(make_saver: Callable[..., Saver], tmp_path: Path) -> Path:
     """The run that made them."""
     with make_saver(tmp_path / "run") as saver:
@@ -46,31 +53,31 @@ def two_copies(make_saver: Callable[..., Saver], tmp_path: Path) -> Path:
 
 
 def test_a_run_without_checkpoints_gets_the_newest_copy(
-    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+    two_copies: Path, newest: Callable[..., Path | None], tmp_path: Path
 ) -> None:
-    path = make_saver(tmp_path / "elsewhere").newest()
+    path = newest(tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "checkpoints" / NAMES[1]
     original = two_copies / "checkpoints" / NAMES[1]
     assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in original.iterdir()}
 
 
 def test_a_run_with_a_checkpoint_of_its_own_goes_on_from_that(
-    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+    two_copies: Path, make_saver: Callable[..., Saver], newest: Callable[..., Path | None], tmp_path: Path
 ) -> None:
     with make_saver(tmp_path / "elsewhere", "checkpoints.copy_url=null") as saver:
         saver.save(16, 1)
-    assert make_saver(tmp_path / "elsewhere").newest() == tmp_path / "elsewhere" / "checkpoints" / NAMES[0]
+    assert newest(tmp_path / "elsewhere") == tmp_path / "elsewhere" / "checkpoints" / NAMES[0]
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "rank-0.bin.00001"])
 def test_the_copy_before_a_damaged_one_is_used(
-    name: str, two_copies: Path, make_saver: Callable[..., Saver], s3_bucket: str, tmp_path: Path
+    name: str, two_copies: Path, newest: Callable[..., Path | None], s3_bucket: str, tmp_path: Path
 ) -> None:
     store = open_store(f"{s3_bucket}/runs/a/{NAMES[1]}")
     content = bytearray(store.get(name))
     content[len(content) // 2] ^= 1
     store.put(name, bytes(content))
-    path = make_saver(tmp_path / "elsewhere").newest()
+    path = newest(tmp_path / "elsewhere")
     assert path is not None
     assert path.name == NAMES[0]
     assert [p.name for p in path.parent.iterdir()] == [NAMES[0]]
@@ -78,14 +85,14 @@ def test_the_copy_before_a_damaged_one_is_used(
 
 
 def test_the_copy_of_another_recipe_is_refused(
-    two_copies: Path, make_saver: Callable[..., Saver], tmp_path: Path
+    two_copies: Path, newest: Callable[..., Path | None], tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now\).*checkpoints\.copy_url"):
-        make_saver(tmp_path / "elsewhere", "seed=7").newest()
+    with pytest.raises(CheckpointError, match=r"of another recipe \(seed: 0 there, 7 now \(.*checkpoints\.copy_url"):
+        newest(tmp_path / "elsewhere", "seed=7")
 
 
 def test_copies_are_kept_as_the_run_keeps_its_own(
-    make_saver: Callable[..., Saver], s3_bucket: str, tmp_path: Path
+    make_saver: Callable[..., Saver], newest: Callable[..., Path | None], s3_bucket: str, tmp_path: Path
 ) -> None:
     """And a copy without a header goes with the next one, as it is left when a run is killed while it copies."""
     store = open_store(f"{s3_bucket}/runs/a")
@@ -99,12 +106,12 @@ def test_copies_are_kept_as_the_run_keeps_its_own(
     assert names == {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"images-0000000048", "images-0000000080"}
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert make_saver(tmp_path / "run").newest() is not None  # whole
+    assert newest(tmp_path / "run") is not None  # whole
 
 
 def test_a_copy_is_none_as_soon_as_its_removal_begins(
     two_copies: Path,
-    make_saver: Callable[..., Saver],
+    newest: Callable[..., Path | None],
     tiny_recipe: Callable[..., Recipe],
     s3_bucket: str,
     tmp_path: Path,
@@ -120,7 +127,7 @@ def test_a_copy_is_none_as_soon_as_its_removal_begins(
     left = list(open_store(f"{s3_bucket}/runs/a").list(NAMES[0]))
     assert left
     assert f"{NAMES[0]}/checkpoint.json" not in left
-    path = make_saver(tmp_path / "elsewhere").newest()
+    path = newest(tmp_path / "elsewhere")
     assert path is not None
     assert path.name == NAMES[1]
     copies_of_run.prune(NAMES[1], 1, None, lambda: None)

@@ -25,7 +25,7 @@ from megadit.data.loading.order import Order
 from megadit.data.packing import encoding
 from megadit.distributed import ALONE
 from megadit.parametrization.table import build_table
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, plan
 from megadit.training import checkpoint, trainer
 
 FSDP_2 = ("engine.kind=fsdp", "engine.num_ranks=2")
@@ -164,7 +164,9 @@ def test_weights_that_are_not_finite_stop_a_run_at_once(
     name = "blocks.1.image.qkv.weight"
     engine.shards[name].values[7] = torch.nan
     with pytest.raises(ValueError, match=r"^step 0 .* 1 weights are not finite, see .*/not-finite-0\.json$"):
-        trainer.Trainer(recipe, tmp_path, engine, None, trainer.StopRequest(), trainer.end_process).train()
+        trainer.Trainer(
+            recipe, plan(recipe)[0], tmp_path, engine, None, trainer.StopRequest(), trainer.end_process
+        ).train()
     assert json.loads((tmp_path / "not-finite-0.json").read_text())["weights_not_finite"] == [name]
     assert not (tmp_path / "checkpoints").exists()
 

@@ -67,6 +67,18 @@ def test_a_killed_run_continues_on_another_engine(
     train(tiny_recipe(*ZERO3_2, every), run).assert_continues_as(reference)
 
 
+def test_a_run_killed_in_its_second_stage_continues_on_another_engine(
+    train: Callable, staged: Callable, staged_yaml: Path, whole: Any, tmp_path: Path
+) -> None:
+    run, slowly = tmp_path / "run", "checkpoints.asynchronous=false"
+    with started(staged_yaml, run, slowly) as process:
+        wait_for_steps(process, run, 8 + 3 + 3)  # of the first stage, its validation, and of the second
+        kill_all(process)
+    (header, *_) = [checkpoint.read_header(path) for path in checkpoint.newest_first(run / "checkpoints")]
+    assert 128 <= header.images_seen < 224
+    train(staged(*FSDP_2), run).assert_continues_as(whole)
+
+
 @pytest.mark.parametrize(("first", "then"), [(ZERO3_2, ()), ((), FSDP_2)], ids=["zero3 to single", "single to fsdp"])
 def test_a_run_continues_on_another_number_of_ranks(
     first: tuple[str, ...],
@@ -198,7 +210,8 @@ def test_keys_that_matter_are_told_from_those_that_do_not(
     other = tiny_recipe("seed=1", "optimizer.lr=2^-8", "checkpoints.keep=1", "engine.compile=true")
     message = (
         r" holds a run of another recipe; these keys make it another run: "
-        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now; seed: 0 there, 1 now "
+        r"optimizer\.lr: 0\.0078125 there, 0\.00390625 now \(add a stage that changes it\); "
+        r"seed: 0 there, 1 now \(weights, order and noise are drawn from it\) "
         r"\(these are free and were changed, too: "
         r"checkpoints\.keep: 4 there, 1 now; engine\.compile: False there, True now\)"
     )

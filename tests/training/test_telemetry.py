@@ -12,7 +12,7 @@ from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import ALONE, Axis, Topology
 from megadit.parametrization.table import build_table
 from megadit.planning.flops import training_flops
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, plan
 from megadit.training import peak_memory
 from megadit.training.reporter import banner
 from megadit.training.telemetry import PHASES, STEP_PHASES, Telemetry
@@ -122,7 +122,7 @@ def test_peak_memory_is_that_of_the_process_since_the_reset() -> None:
 def test_the_start_up_block(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe("engine.kind=fsdp", "engine.num_ranks=4", "engine.num_replicas=2")
     specs = build_table(recipe)
-    text = banner(recipe, specs, 160, Topology(Axis(0, 2), Axis(0, 2)))
+    text = banner(plan(recipe)[0], specs, 160, Topology(Axis(0, 2), Axis(0, 2)))
     assert "engine fsdp on 4 rank(s) as 2 replicas x 2 shards, 1 micro-batch(es) of 4 on each" in text
     assert "fp32 matrix products" in text
     assert "peak unknown: MFU n/a" in text

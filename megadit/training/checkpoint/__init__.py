@@ -14,8 +14,9 @@ name: nothing points to it.
 `reader` and `loading` read, `copies` keeps a second copy elsewhere, `export` makes files for inference.
 """
 
+from megadit.training.checkpoint.copies import newest_of_run
 from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header, newest_first, read_header
-from megadit.training.checkpoint.loading import load, load_or_before, newest_valid, read_tensors
+from megadit.training.checkpoint.loading import load, load_or_before, load_weights, newest_valid, read_tensors
 from megadit.training.checkpoint.reader import find_damage
 from megadit.training.checkpoint.saver import Saver
 
@@ -27,7 +28,9 @@ __all__ = [
     "find_damage",
     "load",
     "load_or_before",
+    "load_weights",
     "newest_first",
+    "newest_of_run",
     "newest_valid",
     "read_header",
     "read_tensors",

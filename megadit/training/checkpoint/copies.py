@@ -16,10 +16,12 @@ from pathlib import Path
 
 from megadit import recipe as recipes
 from megadit.data.storage import MissingError, Store, open_store
+from megadit.distributed import Topology
 from megadit.files import PARTIAL
 from megadit.recipe import Recipe
 from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.folders import HEADER, CheckpointError
+from megadit.training.checkpoint.loading import newest_complete
 from megadit.training.checkpoint.reader import find_damage
 
 PIECE_BYTES = 2**27
@@ -68,7 +70,7 @@ class Copies:
         headers = [name for name in self._store.list("images-") if name.endswith(f"/{HEADER}")]
         if not headers:
             return None
-        self._check_same_recipe()
+        self._check_same_recipe(max(folders.images_seen(Path(name).parent) for name in headers))
         for header in sorted(headers, reverse=True):
             partial = folder / f"{PARTIAL}{header.removesuffix(f'/{HEADER}')}"
             folders.make_partial(partial)
@@ -105,12 +107,26 @@ class Copies:
             folders.sync(path)
         return find_damage(partial)
 
-    def _check_same_recipe(self) -> None:
+    def _check_same_recipe(self, images_seen: int) -> None:
         there = recipes.parse_text(self._store.get(RECIPE), self._store.url(RECIPE))
-        if matter := recipes.differences(there, self._recipe).matter:
+        refused, _ = recipes.compare_pasts(there, self._recipe, images_seen)
+        if refused:
             raise CheckpointError(
-                f"the copies at {self._store.url()} are of another recipe ({matter}); give another checkpoints.copy_url"
+                f"the copies at {self._store.url()} are of another recipe ({'; '.join(refused)}); give another "
+                "checkpoints.copy_url"
             )
+
+
+def newest_of_run(run: Path, recipe: Recipe, topology: Topology) -> Path | None:
+    """The newest checkpoint of the run with all its files, brought here from its copies when it has none at all.
+
+    For `load_or_before`: what is in the files is not looked at. Called by all ranks together.
+    """
+    folder, url = run / "checkpoints", recipe.checkpoints.copy_url
+    found = newest_complete(folder, topology)
+    if found is None and url is not None:
+        found = topology.on_first(lambda: Copies(url, recipe).fetch_newest(folder))
+    return found
 
 
 def _starts(size: int) -> range:

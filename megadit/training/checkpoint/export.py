@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadit import models
+from megadit.models import ModelConfig
 from megadit.training import run_folder
 from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.folders import CheckpointError
@@ -41,7 +42,7 @@ def convert(run: Path, out: Path, weights: str | None, dtype: Dtype, images: int
     else:
         (path,) = _whole(run, [images])
     kind = _kind(path, weights)
-    return _write(run, out, read_tensors(path, kind), dtype, kind, [path])
+    return _write(out, read_tensors(path, kind), dtype, kind, [path])
 
 
 def average(run: Path, out: Path, weights: str | None, dtype: Dtype, images: Sequence[int]) -> str:
@@ -58,7 +59,7 @@ def average(run: Path, out: Path, weights: str | None, dtype: Dtype, images: Seq
     for number, path in enumerate(paths[1:], start=2):
         for name, values in read_tensors(path, kind).items():
             mean[name].lerp_(values, 1 / number)
-    return _write(run, out, mean, dtype, kind, paths)
+    return _write(out, mean, dtype, kind, paths)
 
 
 def _whole(run: Path, images: Sequence[int]) -> list[Path]:
@@ -78,9 +79,20 @@ def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths) or "none"
 
 
-def _write(run: Path, out: Path, tensors: Mapping[str, Tensor], dtype: Dtype, kind: str, paths: Sequence[Path]) -> str:
+def _model_of(paths: Sequence[Path]) -> ModelConfig:
+    """The settings of the model that the checkpoints have in common."""
+    found = [run_folder.recipe_of(path).model for path in paths]
+    if other := next((path for path, model in zip(paths, found, strict=True) if model != found[0]), None):
+        raise CheckpointError(
+            f"{paths[0].name} and {other.name} are of stages with other settings of the model, such as the resolution: "
+            "give checkpoints of one stage"
+        )
+    return found[0]
+
+
+def _write(out: Path, tensors: Mapping[str, Tensor], dtype: Dtype, kind: str, paths: Sequence[Path]) -> str:
     with torch.device("meta"):
-        model = models.build(run_folder.load_recipe(run).model)
+        model = models.build(_model_of(paths))
     state = {name: tensors.get(name, value) for name, value in model.state_dict().items()}
     metadata = {"weights": kind, "checkpoints": json.dumps([path.name for path in paths]), "format": "pt"}
     out.parent.mkdir(parents=True, exist_ok=True)

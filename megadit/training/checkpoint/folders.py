@@ -29,13 +29,14 @@ class Header:
 
     format: int
     images_seen: int
-    num_steps: int
+    num_steps: int  # of the optimizer, since its state began
     shapes: dict[str, list[int]]  # of the parameters, by name
     averages: list[str]
     files: dict[str, int]  # name -> bytes
     index_crc: int  # CRC-32 of .metadata, which has those of the data files
     # Of the optimizer; the headers of versions before 0.2, which had AdamW alone, do not say them.
     slots: list[str] = field(default_factory=lambda: ["exp_avg", "exp_avg_sq"])
+    stage: int = 0  # the stage that was trained last, from 0
 
     @property
     def num_bytes(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megadit.distributed import ALONE, Topology
-from megadit.engines.base import Engine
+from megadit.engines.base import Engine, Shard
 from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.folders import CheckpointError, DamageError, Header
@@ -113,6 +113,16 @@ def load(path: Path, engine: Engine, averages: Averages) -> Header:
     engine.weights_written()
     engine.set_num_steps(header.num_steps)
     return header
+
+
+def load_weights(path: Path, kind: str, shards: Mapping[str, Shard], topology: Topology) -> None:
+    """Read one kind of weights into this rank's ranges of some parameters; all ranks together, as `load` does."""
+    reader = _first_error_for_all(lambda: Reader(path), topology)
+    ranges = {
+        f"{kind}/{name}": FlatRange.of(shard.values, shard.offset, math.prod(shard.shape))
+        for name, shard in shards.items()
+    }
+    _read(ranges, reader, no_dist=topology.size == 1)
 
 
 def _first_error_for_all(function: Callable[[], Used], topology: Topology) -> Used:

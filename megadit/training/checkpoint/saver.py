@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megadit.data.storage import StorageError
 from megadit.engines.base import Engine
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, Stage
 from megadit.training.checkpoint import folders
 from megadit.training.checkpoint.copies import Copies
 from megadit.training.checkpoint.flat_range import FlatRange
 from megadit.training.checkpoint.folders import FORMAT, CheckpointError, Header
-from megadit.training.checkpoint.loading import newest_complete, slots_of, state_of
+from megadit.training.checkpoint.loading import slots_of, state_of
 from megadit.training.checkpoint.writer import Writer
 from megadit.training.ema import Averages
 from megadit.training.watchdog import Watchdog
@@ -44,12 +44,18 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, recipe: Recipe, engine: Engine, averages: Averages, watchdog: Watchdog | None = None
+        self,
+        run: Path,
+        recipe: Recipe,
+        engine: Engine,
+        averages: Averages,
+        watchdog: Watchdog | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self._folder = run / "checkpoints"
-        self._settings = recipe.checkpoints
+        self._settings = stage.recipe.checkpoints if stage else recipe.checkpoints
         self._engine, self._averages = engine, averages
-        self._watchdog = watchdog
+        self._watchdog, self._stage = watchdog, stage
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if engine.topology.joined else None
         self._copies = Copies(self._settings.copy_url, recipe) if self._settings.copy_url else None
         self._copy_failure: StorageError | None = None  # of the newest checkpoint
@@ -66,7 +72,7 @@ class Saver:
     ) -> None:
         try:
             self.wait()
-            if error is None:
+            if error is None and (self._stage is None or self._stage.is_last):
                 self._require_copy()
         except Exception as failure:
             if error is None:
@@ -74,17 +80,6 @@ class Saver:
             logger.error("%s", failure)  # the error that ends the run is the other one
         finally:
             self._thread.shutdown()
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint of the run with all its files, brought here from its copies when it has none at all.
-
-        For `load_or_before`: what is in the files is not looked at.
-        """
-        found = newest_complete(self._folder, self._engine.topology)
-        if found is None and self._copies is not None:
-            copies = self._copies
-            found = self._engine.topology.on_first(lambda: copies.fetch_newest(self._folder))
-        return found
 
     def save(self, images_seen: int, num_steps: int) -> None:
         """Save the state of this moment.
@@ -103,11 +98,12 @@ class Saver:
             files={},
             index_crc=0,
             slots=slots_of(self._engine),
+            stage=self._stage.number if self._stage else 0,
         )
         writer = Writer(self._folder, header, self._count)
         state = state_of(self._engine, self._averages)
         if self._settings.asynchronous:
-            state = self._stage(state)
+            state = self._copy_of(state)
             stall = time.perf_counter() - started
             self._in_flight = self._thread.submit(self._write, state, writer, time.perf_counter(), stall), writer
         else:
@@ -132,7 +128,7 @@ class Saver:
                 f"the last checkpoint could not be copied: {self._copy_failure}; it is whole in {self._folder}"
             )
 
-    def _stage(self, state: Mapping[str, FlatRange]) -> dict[str, FlatRange]:
+    def _copy_of(self, state: Mapping[str, FlatRange]) -> dict[str, FlatRange]:
         """A copy of the state in buffers that are used again; the thread has done with them."""
         on_gpu = self._engine.device.type == "cuda"
         if not self._buffers:
