@@ -136,7 +136,7 @@ def _shard(model: nn.Module, bf16: bool, settings: EngineSettings, topology: Top
     offloaded = settings.cpu_offload == "all"
     shard = partial(
         fully_shard,
-        mesh=topology.mesh(),
+        mesh=topology.mesh,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32 if bf16 else None,

@@ -90,6 +90,19 @@ class ModelConfig(Node):
 
 
 @dataclass(frozen=True)
+class ForwardFlops:
+    """Floating-point operations of the matrix products of one sample's forward pass in training; a multiply-add is two."""
+
+    blocks: tuple[int, ...]  # of each of `model.blocks`
+    outside: int  # of all other layers
+    first_layers: int  # of these, the layers whose input needs no gradient: pictures, timesteps, text
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.outside
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture. Its name is the default of `config.family`.
 
@@ -99,7 +112,7 @@ class Family:
 
     config: type[ModelConfig]
     build: Callable[[Any], nn.Module]  # from a config; weights are torch's defaults
-    num_flops: Callable[[Any, int], int]  # of (config, text tokens): one sample's forward pass, a multiply-add is two
+    forward_flops: Callable[[Any, int], ForwardFlops]  # of (config, text tokens)
     initial: Mapping[str, Rules]  # by parametrization: "mup, paper", "mup, zero" and "sp"
     readout: str  # the Readout that predicts, by its name in the model
     tables: tuple[str, ...] = ()  # last names of parameters that are tables: rows of width
