@@ -8,7 +8,7 @@ recipe).
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 from torch import nn
@@ -83,6 +83,10 @@ class ModelConfig(Node):
     def feature_dim(self) -> int | None:
         """Features that a head on the image tokens predicts of a pretrained encoder (REPA); None without one."""
         return None
+
+    def with_depth(self, depth: int) -> Self:
+        """The same model of so many blocks."""
+        return self.model_copy(update={"depth": depth})
 
     @property
     @abstractmethod
