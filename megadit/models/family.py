@@ -95,7 +95,10 @@ class ModelConfig(Node):
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Floating-point operations of the matrix products of one sample's forward pass in training; a multiply-add is two."""
+    """Floating-point operations of the matrix products of one sample's forward pass in training.
+
+    A multiply-add counts as two.
+    """
 
     blocks: tuple[int, ...]  # of each of `model.blocks`
     outside: int  # of all other layers

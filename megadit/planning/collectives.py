@@ -1,8 +1,8 @@
 """What a rank sends in one optimizer step, by formula: `trace.py` holds it to what the real engine asks for.
 
-A collective's size is that of its largest tensor on a rank: what an all-gather gives, what a reduce-scatter takes. FSDP2
-cuts a parameter along its first dimension into equal parts and sends the padding, too: of 1152 rows on 1024 ranks each
-has 2, so 2048 are sent.
+A collective's size is that of its largest tensor on a rank: what an all-gather gives, what a reduce-scatter takes.
+FSDP2 cuts a parameter along its first dimension into equal parts and sends the padding, too: of 1152 rows on 1024 ranks
+each has 2, so 2048 are sent.
 """
 
 import math
@@ -60,13 +60,16 @@ def by_size(calls: Calls) -> list[Collective]:
 def _of_fsdp(recipe: Recipe, specs: Iterable[ParamSpec], num_ranks: int) -> Calls:
     """A block is gathered for its forward pass, and for its backward pass unless it was kept; recomputation happens
     there, so checkpointing adds nothing. What belongs to no block is gathered once, and freed after the backward pass.
+
+    Gradients are added up over the shards after each micro-batch, or after the last one (accumulation whole); over
+    replicas after the last one either way.
     """
     engine, training = recipe.engine, recipe.training
     num_replicas = engine.num_replicas
     num_shards = num_ranks // num_replicas
     samples = training.batch_size // num_ranks
     num_micro_batches = samples // (training.micro_batch_size or samples)
-    num_reductions = 1  # gradients stay whole on every rank until the last micro-batch
+    num_reductions = num_micro_batches if engine.accumulation == "sharded" else 1
     weight_bytes = 2 if training.precision == "bf16" else FP32_BYTES
     replicas: Axis = "replicate" if num_shards > 1 else "all"
     calls: Calls = Counter()

@@ -105,7 +105,7 @@ def _has_its_own_memory(func: Any, tensors: list[Tensor], device: Any) -> bool:
 
 @contextmanager
 def _watch_resizing(notice: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Call `notice` with each storage that is resized: FSDP2 frees gathered weights so, and dispatch does not see it."""
+    """Call `notice` with each storage that is resized: so FSDP2 frees gathered weights, unseen by dispatch."""
     resize = torch.UntypedStorage.resize_
 
     def resize_and_notice(storage: torch.UntypedStorage, size: int) -> None:
