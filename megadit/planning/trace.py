@@ -104,7 +104,9 @@ def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Tra
 def _require_traceable(recipe: Recipe, num_ranks: int) -> None:
     engine = recipe.engine
     if engine.kind not in ("single", "fsdp"):
-        raise ValueError(f"engine.kind {engine.kind} cannot be traced: DeepSpeed does not run without memory")
+        raise ValueError(
+            f"engine.kind {engine.kind} cannot be traced: DeepSpeed compares numbers of its ranks, which need memory"
+        )
     if engine.cpu_offload != "none":
         raise ValueError("engine.cpu_offload cannot be traced: tensors without memory are all of one device; use none")
     if engine.kind == "single" and num_ranks > 1:
