@@ -87,10 +87,34 @@ def test_formulas_are_what_real_ranks_ask_for(tiny_recipe: Callable, run_ranks: 
         recipes = [tiny_recipe(*uneven, *way) for way in ways.values()]
         if num_ranks == 4:
             recipes += [tiny_recipe(*uneven, *replicas, *way) for way in ways.values()]
-        for rank, counted in enumerate(run_ranks("collectives.py", num_ranks, recipes=recipes)):
-            for recipe, found in zip(recipes, counted, strict=True):
+        for rank, counted in enumerate(run_ranks("one_step.py", num_ranks, recipes=recipes)):
+            for recipe, (found, _) in zip(recipes, counted, strict=True):
                 expected = as_operations(collectives(recipe, num_ranks), num_ranks, recipe.engine.num_replicas)
                 assert found == expected, (num_ranks, rank, recipe.engine)
+
+
+def test_the_peak_is_what_torch_tracks_on_real_ranks(tiny_recipe: Callable, run_ranks: Callable) -> None:
+    """torch's MemTracker on tensors with memory. Averages of the weights are the trace's own."""
+    sizes = [
+        "training.batch_size=32",
+        "training.num_images=32",
+        "model.width=128",
+        "engine.kind=fsdp",
+        "training.ema_rates=[]",
+    ]
+    ways = {
+        "fp32": (),
+        "bf16": ("training.precision=bf16",),
+        "full": ("engine.activation_checkpointing=full",),
+        "selective": ("engine.activation_checkpointing=selective",),
+        "kept": ("engine.reshard_after_forward=false",),
+    }
+    recipes = [tiny_recipe(*sizes, "engine.num_ranks=2", *way) for way in ways.values()]
+    first, _ = run_ranks("one_step.py", 2, recipes=recipes, with_memory=True)
+    (traced,) = run_ranks("trace.py", 1, jobs=[(recipe, 2, TOKENS) for recipe in recipes])
+    peaks = {way: (found.peak_bytes, peak) for way, found, (_, peak) in zip(ways, traced, first, strict=True)}
+    for way, (ours, theirs) in peaks.items():
+        assert ours == pytest.approx(theirs, rel=0.01), peaks
 
 
 def as_operations(formula: Sequence[Collective], num_ranks: int, num_replicas: int) -> Counter:
