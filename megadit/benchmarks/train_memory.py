@@ -18,10 +18,10 @@ import torch
 
 from megadit import engines, objectives, recipe as recipes
 from megadit.benchmarks.findings import Cell, Table
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import Topology, process_group
 from megadit.exit_codes import DONE, end_now
 from megadit.planning.memory import predict
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe
 from megadit.training.ema import Averages
 from megadit.training.peak_memory import peak_bytes, reset_peak

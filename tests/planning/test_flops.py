@@ -6,12 +6,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadit import models, objectives
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.models import ModelConfig
 from megadit.models.dit import DiTConfig
 from megadit.models.mmdit import MMDiTConfig
 from megadit.planning.ceilings import PEAK_TFLOPS, peak_flops
 from megadit.planning.flops import training_flops, training_tokens
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, load
 
 SIZES = {"input_size": 16, "in_channels": 4, "patch_size": 2, "width": 64, "depth": 3, "head_dim": 16}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megadit import models
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.parametrization.table import build_table
 from megadit.planning.memory import Memory, activation_bytes, predict
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, load
 
 TOKENS = 7

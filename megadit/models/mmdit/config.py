@@ -1,7 +1,7 @@
 """The `model` section of an MMDiT, and the presets of the paper."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -30,6 +30,12 @@ class MMDiTConfig(ModelConfig):
         if self.repa and self.repa.block > self.depth:
             raise ValueError(f"repa.block {self.repa.block} must be at most depth {self.depth}")
         return self
+
+    def with_depth(self, depth: int) -> Self:
+        """The same model of so many blocks; the head of REPA stays before the last one where it was."""
+        last = depth if self.repa and self.repa.block == self.depth else max(1, depth - 1)
+        head = self.repa and self.repa.model_copy(update={"block": min(self.repa.block, last)})
+        return self.model_copy(update={"depth": depth, "repa": head})
 
     @property
     def feature_dim(self) -> int | None:
