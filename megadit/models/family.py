@@ -103,6 +103,7 @@ class ForwardFlops:
     blocks: tuple[int, ...]  # of each of `model.blocks`
     outside: int  # of all other layers
     first_layers: int  # of these, the layers whose input needs no gradient: pictures, timesteps, text
+    attention: int  # of the blocks', products of pairs of tokens
 
     @property
     def total(self) -> int:

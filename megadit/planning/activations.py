@@ -53,7 +53,9 @@ def activations(recipe: Recipe, training_samples: int, evaluation_samples: int, 
         by_depth = []
         for depth in depths:
             fewer, more = (getattr(traced(size, depth), item) for size in TRACED_SIZES)
-            by_depth.append(fewer + (num_samples - TRACED_SIZES[0]) * (more - fewer) // (TRACED_SIZES[1] - TRACED_SIZES[0]))
+            by_depth.append(
+                fewer + (num_samples - TRACED_SIZES[0]) * (more - fewer) // (TRACED_SIZES[1] - TRACED_SIZES[0])
+            )
         shallow, deep = by_depth
         return shallow + (config.depth - depths[0]) * (deep - shallow) // max(1, depths[1] - depths[0])
 

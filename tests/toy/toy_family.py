@@ -69,7 +69,7 @@ def forward_flops(config: ToyConfig, num_text_tokens: int) -> ForwardFlops:
     D, T, F = config.width, config.num_patches, config.in_channels * config.patch_size**2
     block = D * D + T * D * D * (1 + 2 * config.mlp_ratio)
     first_layers = (T * F + SINUSOID_CHANNELS) * D
-    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + T * D * F), 2 * first_layers)
+    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + T * D * F), 2 * first_layers, 0)
 
 
 _RULES: Rules = {"out.weight": ZERO, "kinds.weight": N_002, "*.weight": FAN_IN, "*.bias": ZERO}

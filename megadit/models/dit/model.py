@@ -119,6 +119,7 @@ def forward_flops(config: DiTConfig, num_text_tokens: int) -> ForwardFlops:
     """
     D, T, p = config.width, (config.input_size // config.patch_size) ** 2, config.patch_size
     block = T * (4 + 2 * config.mlp_ratio) * D * D + 2 * T * T * D + 6 * D * D
+    attention = 4 * config.depth * T * T * D
     first_layers = T * config.in_channels * p * p * D + SINUSOID_CHANNELS * D
     final = 2 * D * D + T * D * config.out_channels * p * p
-    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + final), 2 * first_layers)
+    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + final), 2 * first_layers, attention)

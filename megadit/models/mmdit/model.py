@@ -215,4 +215,5 @@ def forward_flops(config: MMDiTConfig, num_text_tokens: int) -> ForwardFlops:
         blocks=(2 * block,) * (config.depth - 1) + (2 * (block - idle_in_last),),
         outside=2 * (first_layers + second_layers + final + repa_head),
         first_layers=2 * first_layers,
+        attention=4 * config.depth * (T + L) ** 2 * D,
     )

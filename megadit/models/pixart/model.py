@@ -161,4 +161,5 @@ def forward_flops(config: PixArtConfig, num_text_tokens: int) -> ForwardFlops:
         blocks=(2 * (self_attention_and_mlp + cross_attention),) * config.depth,
         outside=2 * (first_layers + second_layers + final),
         first_layers=2 * first_layers,
+        attention=4 * config.depth * T * (T + L) * D,
     )
