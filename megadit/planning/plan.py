@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 from megadit.parametrization.table import build_table
+from megadit.planning.costs.run_cost import DAY, Reading, Saving, reading, saving
+from megadit.planning.costs.step_time import StepTime, step_time
 from megadit.planning.flops import training_flops
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.machine.gpus import Gpu, gpu_called
 from megadit.planning.machine.network import Network
 from megadit.planning.memory import Memory, predict
-from megadit.planning.run_cost import DAY, Reading, Saving, reading, saving
-from megadit.planning.step_time import StepTime, step_time
 from megadit.recipe import Recipe, check_world_size
 from megadit.recipe.schema import Hardware
 
@@ -94,7 +94,7 @@ def machine_of(recipe: Recipe, gpu: str | None, num_nodes: int | None, gpus_per_
     return Hardware(gpu=name, num_nodes=num_nodes or (stated.num_nodes if stated else 1), gpus_per_node=per_node)
 
 
-def plan(recipe: Recipe, hardware: Hardware, assumed: Assumptions = Assumptions()) -> Plan:
+def plan(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Plan:
     """The plan of a recipe without stages. Raises ValueError for ranks that cannot share it."""
     gpu, num_gpus = gpu_called(hardware.gpu), hardware.num_gpus
     require_shareable(recipe, num_gpus)

@@ -70,7 +70,7 @@ def test_the_peak_of_a_known_device(name: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["CPU", "NVIDIA GeForce RTX 3060", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA B200", ""]
+    "name", ["CPU", "NVIDIA GeForce RTX 3060", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA T4", ""]
 )
 def test_an_unknown_device_has_no_peak(name: str) -> None:
     assert peak_flops(name, "bf16") is None

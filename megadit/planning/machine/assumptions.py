@@ -16,6 +16,7 @@ class Assumptions:
     compute_share: float = _assumed(0.57, "of the roof of compute that runs reach: fitted to docs/planning.md")
     compute_share_low: float = _assumed(0.42, "the least of them, but for one outlier; the slow end of ranges")
     compute_share_high: float = _assumed(0.75, "the most of them, but for one outlier; the fast end of ranges")
+    block_host_ms: float = _assumed(1.0, "milliseconds in which a CPU starts a block's kernels, forward and backward")
     overlap: float = _assumed(0.9, "of computing time under which collectives can hide")
     link_share: float = _assumed(0.82, "of a node's links that collectives reach: 370 of 450 GB/s (nccl-tests)")
     nic_share: float = _assumed(0.85, "of NICs: 340 of 400 GB/s a node (nccl issue 1218)")
@@ -35,7 +36,7 @@ class Assumptions:
     @staticmethod
     def parse(settings: Iterable[str]) -> "Assumptions":
         """From NAME=VALUE. Raises ValueError for what is no assumption or no number."""
-        known = {each.name for each in fields(Assumptions)}
+        known = [each.name for each in fields(Assumptions)]
         found: dict[str, float] = {}
         for setting in settings:
             name, _, text = setting.partition("=")

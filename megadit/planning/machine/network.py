@@ -1,8 +1,9 @@
 """How long a collective takes: bytes over the slowest wire on its way, and a step for each rank of the ring.
 
 T = S (N - 1) / (N B) + a (N - 1) for an all-gather or reduce-scatter of S bytes over N ranks, twice that for an
-all-reduce. Ranks are numbered node by node, and those of a replica are neighbours. So the ring over a replica of several
-nodes uses all of a node's NICs at once, and the one over replicas the NIC of one GPU, or those that its node has for it.
+all-reduce. Ranks are numbered node by node, and those of a replica are neighbours. So the ring over a replica of
+several nodes uses all of a node's NICs at once, and the one over replicas the NIC of one GPU, or more
+where a node has several replicas.
 """
 
 from dataclasses import dataclass

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from megadit.planning.collectives import Collective, collectives
+from megadit.planning.costs.roof import micro_batch_work, optimizer_seconds
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.machine.network import Network
-from megadit.planning.roof import micro_batch_work, optimizer_seconds
 from megadit.recipe import Recipe
 
 
@@ -32,15 +32,16 @@ def step_time(
 ) -> StepTime:
     """Of a recipe on a network, where runs reach `compute_share` of the roof.
 
-    Gathers and reductions of a micro-batch hide under `assumed.overlap` of its computing; so do sums over replicas under
-    that of the last one. Not hidden: the first gather and the last reduction, a block's each.
+    Gathers and reductions of a micro-batch hide under `assumed.overlap` of its computing, sums over replicas under that
+    of the last one. Not hidden: the first gather and the last reduction, a block's each.
     """
     num_ranks = network.num_gpus
     samples = recipe.training.batch_size // num_ranks
     micro_batch = recipe.training.micro_batch_size or samples
     num_micro_batches = samples // micro_batch
     work = micro_batch_work(recipe, micro_batch, int(assumed.text_tokens))
-    compute = work.seconds(network.gpu) / compute_share
+    starting = 1e-3 * assumed.block_host_ms * recipe.model.depth  # small models wait for the CPU
+    compute = max(work.seconds(network.gpu) / compute_share, starting)
     calls = known_collectives(recipe, num_ranks)
     seconds = {call: network.seconds(call) for call in calls}
     last = sum(took for call, took in seconds.items() if call.axis != "shard")
@@ -58,7 +59,7 @@ def step_time(
 
 
 def known_collectives(recipe: Recipe, num_ranks: int) -> list[Collective]:
-    """Those of the engine; DeepSpeed's are taken to be as those of FSDP2, which sends the same weights and gradients."""
+    """Those of the engine; DeepSpeed's are taken for those of FSDP2, which sends the same weights and gradients."""
     kind = recipe.engine.kind
     if kind in ("single", "fsdp"):
         return collectives(recipe, num_ranks)

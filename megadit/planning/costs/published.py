@@ -8,9 +8,10 @@ many GPUs they had, or whose products are in FP8.
 from dataclasses import dataclass
 from statistics import median
 
+from megadit.planning.costs.roof import Work, micro_batch_work, moved_bytes
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.machine.gpus import GPUS
-from megadit.planning.roof import Work, moved_bytes
+from megadit.planning.markdown import markdown
 from megadit.recipe import load
 
 
@@ -66,8 +67,6 @@ def _transformer(
 
 def _dit_xl(*, compiled: bool, again: float = 0.0) -> Work:
     """Of one picture of 256 tokens."""
-    from megadit.planning.roof import micro_batch_work
-
     level = "full" if again else "none"
     overrides = ["training.precision=bf16", f"engine.compile={str(compiled).lower()}"]
     return micro_batch_work(load("dit-xl2-sp", [*overrides, f"engine.activation_checkpointing={level}"]), 1, 0)
@@ -136,3 +135,28 @@ def comparisons(assumed: Assumptions) -> list[Comparison]:
             )
         )
     return found
+
+
+def median_error(assumed: Assumptions, left_out: bool = False) -> float:
+    """Of the predictions, relative to what was published; `left_out`: each by what was fitted to the others."""
+    found = comparisons(assumed)
+    return median(abs(each.error_left_out if left_out else each.error) for each in found)
+
+
+def table_of_published(assumed: Assumptions) -> str:
+    """Markdown: each run beside its prediction, per GPU."""
+    header = ("run", "published", "predicted", "range", "error", "error, left out", "of the roof", "source")
+    rows = [
+        (
+            each.run.name,
+            f"{each.run.rate:,.0f} {each.run.unit}/s",
+            f"{each.predicted:,.0f}",
+            f"{each.low:,.0f} to {each.high:,.0f}{'' if each.in_range else ' (outside)'}",
+            f"{each.error:+.0%}",
+            f"{each.error_left_out:+.0%}",
+            f"{each.share:.2f}",
+            each.run.source,
+        )
+        for each in comparisons(assumed)
+    ]
+    return markdown(header, rows)

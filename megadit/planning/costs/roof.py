@@ -1,8 +1,8 @@
 """The roof of compute: how long a GPU takes at best for matrix products, attention, and what memory bounds.
 
-Figures of large products and of FlashAttention 3 on an H100 (arXiv 2407.08608, figures 5 and 6), as shares of what large
-products sustain: narrow matrices and short sequences reach less. Runs reach a share of the roof, `assumed.compute_share`,
-which is fitted to published runs (docs/planning.md).
+Figures of FlashAttention 3 on an H100 (arXiv 2407.08608, figures 5 and 6), as shares of what large products sustain:
+narrow matrices and short sequences reach less. Runs reach a share of the roof, `Assumptions.compute_share`, which is
+fitted to published runs (published.py, docs/planning.md).
 """
 
 import math
@@ -44,7 +44,7 @@ class Work:
 
 
 def attention_share(head_dim: int, sequence_length: int) -> float:
-    """Of what products sustain: heads are padded to 64, 96 or 128 (or multiples), what is computed for nothing counts."""
+    """Of what products sustain; heads are padded to 64, 96, 128 or a multiple, and padding is computed for nothing."""
     padded = next((size for size in ATTENTION_SHARES if head_dim <= size), 128 * math.ceil(head_dim / 128))
     share = ATTENTION_SHARES.get(padded, ATTENTION_SHARES[128])
     return share * head_dim / padded * sequence_length / (sequence_length + HALF_LENGTH)
