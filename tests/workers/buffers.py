@@ -1,4 +1,4 @@
-"""One rank of an engine: the buffers of its model."""
+"""One rank of several engines, one after the other: the buffers of their models."""
 
 from torch import Tensor
 
@@ -7,6 +7,7 @@ from megadit.distributed import process_group
 from megadit.recipe import Recipe
 
 
-def main(recipe: Recipe) -> dict[str, Tensor]:
-    with process_group(recipe.engine.kind != "single", num_replicas=recipe.engine.num_replicas) as topology:
-        return {name: value.clone() for name, value in engines.build(recipe, topology).model.named_buffers()}
+def main(recipes: list[Recipe]) -> list[dict[str, Tensor]]:
+    with process_group(needed=True) as topology:
+        models = [engines.build(recipe, topology).model for recipe in recipes]
+        return [{name: value.clone() for name, value in model.named_buffers()} for model in models]
