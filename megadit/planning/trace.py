@@ -86,7 +86,7 @@ def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Tra
     _require_traceable(recipe, num_ranks)
     context = multiprocessing.get_context("spawn")  # a fork would have this process's threads and process group
     answer, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(recipe, num_ranks, text_tokens, theirs))
+    process = context.Process(target=_answer, args=(recipe, num_ranks, text_tokens, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -94,6 +94,7 @@ def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Tra
     except EOFError:
         raise RuntimeError("the process that traces ended without a result") from None
     finally:
+        process.kill()
         process.join()
     if isinstance(result, ValueError):
         raise result
@@ -166,7 +167,9 @@ def _axis_of(topology: Topology) -> Callable[[Kind, str], Axis]:
     if topology.replicate.size == 1:
         return lambda kind, group: "all" if kind == "all_reduce" else "shard"
     axes: dict[str, Axis] = {mesh.get_group(axis).group_name: axis for axis in ("replicate", "shard")}
-    axes[dist.group.WORLD.group_name] = "all"  # where each replica is one rank, they are all ranks
+    every = dist.group.WORLD
+    assert every is not None, "the ranks have joined"
+    axes[every.group_name] = "all"  # where each replica is one rank, they are all ranks
     return lambda kind, group: axes[group]
 
 
