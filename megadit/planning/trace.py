@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -42,7 +42,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure:
     """One figure by formula and as traced."""
 
     what: str
@@ -56,25 +56,27 @@ class Row:
         return self.formula / self.traced - 1 if self.traced else float(self.formula != 0)
 
 
-def compare(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> list[Row]:
+def compare(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> list[Figure]:
     """The formulas beside a trace. Raises ValueError for what cannot be traced or has no formula."""
     tokens = longest_text(recipe.model) if text_tokens is None else text_tokens
     formula = collectives.collectives(recipe, num_ranks)
     memory = predict(recipe, num_ranks, tokens)
     traced = trace(recipe, num_ranks, tokens)
-    rows = []
-    for kind, axis in dict.fromkeys((c.kind, c.axis) for c in (*formula, *traced.collectives)):
-        what = f"{kind} over {axis}"
-        sums = [
-            [
-                sum(getattr(c, of) for c in found if (c.kind, c.axis) == (kind, axis))
-                for found in (formula, traced.collectives)
-            ]
-            for of in ("num_calls", "num_bytes")
-        ]
-        rows += [Row(what, unit, *pair) for unit, pair in zip(("calls", "bytes"), sums, strict=True)]
-    rows.append(Row("FLOPs", "FLOP", step_flops(recipe, num_ranks, tokens).computed, traced.flops))
-    return [*rows, Row("peak of memory", "bytes", memory.peak, traced.peak_bytes)]
+    by_formula, as_traced = _sums(formula), _sums(traced.collectives)
+    return [
+        *(Figure(*key, by_formula[key], as_traced[key]) for key in dict.fromkeys((*by_formula, *as_traced))),
+        Figure("FLOPs", "FLOP", step_flops(recipe, num_ranks, tokens).computed, traced.flops),
+        Figure("peak of memory", "bytes", memory.peak, traced.peak_bytes),
+    ]
+
+
+def _sums(found: Iterable[Collective]) -> Counter[tuple[str, str]]:
+    """Calls and bytes by kind and axis."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        sums[f"{one.kind} over {one.axis}", "calls"] += one.num_calls
+        sums[f"{one.kind} over {one.axis}", "bytes"] += one.num_bytes
+    return sums
 
 
 def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Traced:
