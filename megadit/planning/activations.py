@@ -34,6 +34,7 @@ class Activations:
 
     training: int  # the most while a micro-batch goes forward and back
     evaluation: int  # the most of a forward pass without gradients
+    block: int = 0  # what each block adds to the first
 
 
 def activations(recipe: Recipe, training_samples: int, evaluation_samples: int, text_tokens: int) -> Activations:
@@ -41,23 +42,26 @@ def activations(recipe: Recipe, training_samples: int, evaluation_samples: int, 
     config, level = recipe.model, recipe.engine.activation_checkpointing
     autocast = recipe.engine.kind == "single" and recipe.training.precision == "bf16"
     period = level if isinstance(level, int) else 1  # blocks differ within it, and the last from all others
-    depths = [1 + (config.depth - 1) % period + number * period for number in (1, 2)]
+    depths = [1 + (config.depth - 1) % period + number * period for number in ((1, 2) if period > 1 else (2, 3))]
     if depths[1] > config.depth:
         depths = [config.depth] * 2
 
     def traced(num_samples: int, depth: int) -> Activations:
         return _trace(config.with_depth(depth), recipe.training.precision, autocast, level, num_samples, text_tokens)
 
-    def of(item: str, num_samples: int) -> int:
-        """More samples and more blocks add the same each."""
+    def of(item: str, num_samples: int) -> tuple[int, int]:
+        """Of all blocks and of one. More samples and more blocks add the same each."""
         by_depth = []
         for depth in depths:
             fewer, more = (getattr(traced(size, depth), item) for size in TRACED_SIZES)
-            by_depth.append(fewer + (num_samples - TRACED_SIZES[0]) * (more - fewer) // (TRACED_SIZES[1] - TRACED_SIZES[0]))
+            step = (more - fewer) // (TRACED_SIZES[1] - TRACED_SIZES[0])
+            by_depth.append(fewer + (num_samples - TRACED_SIZES[0]) * step)
         shallow, deep = by_depth
-        return shallow + (config.depth - depths[0]) * (deep - shallow) // max(1, depths[1] - depths[0])
+        block = (deep - shallow) // max(1, depths[1] - depths[0])
+        return shallow + (config.depth - depths[0]) * block, block
 
-    return Activations(of("training", training_samples), of("evaluation", evaluation_samples))
+    training, block = of("training", training_samples)
+    return Activations(training, of("evaluation", evaluation_samples)[0], block)
 
 
 @cache
@@ -91,7 +95,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # storage -> its event
+        self._alive: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # storage -> its event
         self._events: list[int] = []  # bytes that are taken (above zero) or given back, in the order of time
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +139,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _samples(config: ModelConfig, num_samples: int, text_tokens: int) -> dict[str, Any]:
-    """Arguments of the model for so many samples; features of a pretrained encoder are asked for where it has a head."""
+    """Arguments of the model for so many samples; a head for features of an encoder is asked for them."""
     taken = config.conditions
     columns = {
         "labels": torch.tensor([0] * num_samples),

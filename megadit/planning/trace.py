@@ -57,10 +57,14 @@ class Figure:
 
 
 def compare(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> list[Figure]:
-    """The formulas beside a trace. Raises ValueError for what cannot be traced or has no formula."""
+    """The formulas beside a trace, of training alone: without validation and encoders that run beside it.
+
+    Raises ValueError for what cannot be traced or has no formula.
+    """
     tokens = longest_text(recipe.model) if text_tokens is None else text_tokens
     formula = collectives.collectives(recipe, num_ranks)
-    memory = predict(recipe, num_ranks, tokens)
+    alone = recipe.model_copy(update={"encoders": None, "validation": None})
+    memory = predict(alone, num_ranks, tokens)
     traced = trace(recipe, num_ranks, tokens)
     by_formula, as_traced = _sums(formula), _sums(traced.collectives)
     return [

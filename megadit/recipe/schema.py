@@ -113,7 +113,7 @@ class Engine(Node):
     num_replicas: PositiveInt = 1  # fsdp: the model is sharded over ranks / replicas, gradients go over all (HSDP)
     reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
     # fsdp with several micro-batches: gradients are added up over ranks after each and kept as shards, or kept whole on
-    # every rank until the last, which takes 4 bytes a parameter and as many collectives less as there are micro-batches.
+    # every rank until the last, which takes 4 bytes a parameter and spares the other micro-batches their collectives.
     accumulation: Literal["sharded", "whole"] = "sharded"
     # Which blocks compute their activations again in the backward pass: all, every k-th (k = 1 is all), or all of them
     # except the outputs of matrix products and attention (selective).

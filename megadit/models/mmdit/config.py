@@ -32,10 +32,11 @@ class MMDiTConfig(ModelConfig):
         return self
 
     def with_depth(self, depth: int) -> Self:
-        """The same model of so many blocks; the head of REPA stays before the last one where it was."""
-        last = depth if self.repa and self.repa.block == self.depth else max(1, depth - 1)
-        head = self.repa and self.repa.model_copy(update={"block": min(self.repa.block, last)})
-        return self.model_copy(update={"depth": depth, "repa": head})
+        """The same model of so many blocks; of those after the head of REPA, two stay where there are as many."""
+        if self.repa is None:
+            return self.model_copy(update={"depth": depth})
+        block = max(1, depth - min(self.depth - self.repa.block, 2))
+        return self.model_copy(update={"depth": depth, "repa": self.repa.model_copy(update={"block": block})})
 
     @property
     def feature_dim(self) -> int | None:
