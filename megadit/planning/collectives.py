@@ -31,11 +31,14 @@ class Collective:
     num_bytes: int  # of all calls together
 
 
+# What the trainer adds after each step, in which the ranks agree whether to stop. (Lines of the log add small ones.)
+STOP_FLAG = Collective("all_reduce", "all", num_calls=1, num_bytes=8)
+
+
 def collectives(recipe: Recipe, num_ranks: int) -> list[Collective]:
     """The collectives of one optimizer step of the engine, largest messages first.
 
-    The trainer adds one of 8 bytes after each step, by which the ranks agree to stop, and small ones at lines of the
-    log. Raises ValueError for an engine that this does not cover.
+    Raises ValueError for an engine that this does not cover.
     """
     kind = recipe.engine.kind
     if kind == "single":

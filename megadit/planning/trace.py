@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -42,7 +42,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure:
     """One figure by formula and as traced."""
 
     what: str
@@ -56,25 +56,31 @@ class Row:
         return self.formula / self.traced - 1 if self.traced else float(self.formula != 0)
 
 
-def compare(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> list[Row]:
-    """The formulas beside a trace. Raises ValueError for what cannot be traced or has no formula."""
+def compare(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> list[Figure]:
+    """The formulas beside a trace, of training alone: without validation and encoders that run beside it.
+
+    Raises ValueError for what cannot be traced or has no formula.
+    """
     tokens = longest_text(recipe.model) if text_tokens is None else text_tokens
     formula = collectives.collectives(recipe, num_ranks)
-    memory = predict(recipe, num_ranks, tokens)
+    alone = recipe.model_copy(update={"encoders": None, "validation": None})
+    memory = predict(alone, num_ranks, tokens)
     traced = trace(recipe, num_ranks, tokens)
-    rows = []
-    for kind, axis in dict.fromkeys((c.kind, c.axis) for c in (*formula, *traced.collectives)):
-        what = f"{kind} over {axis}"
-        sums = [
-            [
-                sum(getattr(c, of) for c in found if (c.kind, c.axis) == (kind, axis))
-                for found in (formula, traced.collectives)
-            ]
-            for of in ("num_calls", "num_bytes")
-        ]
-        rows += [Row(what, unit, *pair) for unit, pair in zip(("calls", "bytes"), sums, strict=True)]
-    rows.append(Row("FLOPs", "FLOP", step_flops(recipe, num_ranks, tokens).computed, traced.flops))
-    return [*rows, Row("peak of memory", "bytes", memory.peak, traced.peak_bytes)]
+    by_formula, as_traced = _sums(formula), _sums(traced.collectives)
+    return [
+        *(Figure(*key, by_formula[key], as_traced[key]) for key in dict.fromkeys((*by_formula, *as_traced))),
+        Figure("FLOPs", "FLOP", step_flops(recipe, num_ranks, tokens).computed, traced.flops),
+        Figure("peak of memory", "bytes", memory.peak, traced.peak_bytes),
+    ]
+
+
+def _sums(found: Iterable[Collective]) -> Counter[tuple[str, str]]:
+    """Calls and bytes by kind and axis."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        sums[f"{one.kind} over {one.axis}", "calls"] += one.num_calls
+        sums[f"{one.kind} over {one.axis}", "bytes"] += one.num_bytes
+    return sums
 
 
 def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Traced:
@@ -86,7 +92,7 @@ def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Tra
     _require_traceable(recipe, num_ranks)
     context = multiprocessing.get_context("spawn")  # a fork would have this process's threads and process group
     answer, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(recipe, num_ranks, text_tokens, theirs))
+    process = context.Process(target=_answer, args=(recipe, num_ranks, text_tokens, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -94,6 +100,7 @@ def trace(recipe: Recipe, num_ranks: int, text_tokens: int | None = None) -> Tra
     except EOFError:
         raise RuntimeError("the process that traces ended without a result") from None
     finally:
+        process.kill()
         process.join()
     if isinstance(result, ValueError):
         raise result
@@ -166,7 +173,9 @@ def _axis_of(topology: Topology) -> Callable[[Kind, str], Axis]:
     if topology.replicate.size == 1:
         return lambda kind, group: "all" if kind == "all_reduce" else "shard"
     axes: dict[str, Axis] = {mesh.get_group(axis).group_name: axis for axis in ("replicate", "shard")}
-    axes[dist.group.WORLD.group_name] = "all"  # where each replica is one rank, they are all ranks
+    every = dist.group.WORLD
+    assert every is not None, "the ranks have joined"
+    axes[every.group_name] = "all"  # where each replica is one rank, they are all ranks
     return lambda kind, group: axes[group]
 
 

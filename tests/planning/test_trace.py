@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
-from megadit.planning.collectives import Collective, collectives
+from megadit.planning.collectives import STOP_FLAG, Collective, collectives
 from megadit.planning.flops import step_flops
 from megadit.planning.trace import Traced, compare, trace
 from megadit.recipe import Recipe, load
 
 TOKENS = 5
 OPERATIONS = {"all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_", "all_reduce": "allreduce_"}
-SIZES = ("model.depth=3", "parametrization={kind: sp}")
-MMDIT_SIZES = (*SIZES, "model.repa.block=2")
+SIZES = ("model.depth=2", "parametrization={kind: sp}")
+MMDIT_SIZES = (*SIZES, "model.repa.block=1")
+FIVE = ("training.batch_size=40", "training.num_images=40", "training.micro_batch_size=1")
 SHIPPED = ("dit-xl2-mup", "pixart-mup", "mmdit-18b")
 
 
@@ -33,13 +35,13 @@ def assert_agree(jobs: Sequence[tuple[Recipe, int, int]], traced: Sequence[Trace
 
 
 def test_formulas_are_what_the_engine_asks_for(run_ranks: Callable) -> None:
-    """Shipped widths, three blocks deep: every count, byte and FLOP."""
+    """Shipped widths, two blocks deep: every count, byte and FLOP. Of five micro-batches three are traced."""
     jobs = [
         on("dit-xl2-mup", 1024, "engine.num_replicas=32", *SIZES),
         on("pixart-mup", 8, "engine.num_replicas=4", "engine.activation_checkpointing=2", *SIZES),
         on("mmdit-18b", 64, "engine.activation_checkpointing=selective", *MMDIT_SIZES),
-        on("mmdit-18b", 8, "engine.activation_checkpointing=full", "training.precision=fp32", *MMDIT_SIZES),
-        on("dit-xl2-mup", 8, "training.micro_batch_size=1", "engine.reshard_after_forward=false", *SIZES),
+        on("dit-xl2-mup", 8, *FIVE, "engine.accumulation=whole", "engine.reshard_after_forward=false", *SIZES),
+        on("dit-xl2-mup", 8, *FIVE, *SIZES),
         on("pixart-mup", 1, "engine.kind=single", *SIZES),
         on("pixart-mup", 1, *SIZES),
         on("dit-xl2-mup", 4, "engine.num_replicas=4", *SIZES),
@@ -64,33 +66,35 @@ def test_formulas_hold_at_full_depth(run_ranks: Callable) -> None:
     assert_agree(jobs, traced)
 
 
-def test_many_micro_batches_are_like_the_three_that_are_traced(tiny_recipe: Callable, run_ranks: Callable) -> None:
-    """Of five, by formula for all of them; the formula's own multiples are what gloo shows below."""
-    sizes = ["training.batch_size=20", "training.num_images=20", "engine.kind=fsdp", "training.micro_batch_size=1"]
-    jobs = [(tiny_recipe(*sizes, f"engine.accumulation={way}"), 4, TOKENS) for way in ("sharded", "whole")]
-    (traced,) = run_ranks("trace.py", 1, jobs=jobs)
-    assert_agree(jobs, traced)
-
-
-def test_formulas_are_what_real_ranks_ask_for(tiny_recipe: Callable, run_ranks: Callable) -> None:
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_formulas_are_what_real_ranks_ask_for(tiny_recipe: Callable, run_ranks: Callable, num_ranks: int) -> None:
     """With widths that do not divide by the ranks, so that shards are padded."""
     uneven = ["model.width=60", "model.head_dim=10", "parametrization={kind: sp}", "engine.kind=fsdp"]
+    bf16 = ("training.precision=bf16", "engine.activation_checkpointing=full")
+    shards, whole = ("training.micro_batch_size=2",), ("training.micro_batch_size=2", "engine.accumulation=whole")
+    replicas = ("engine.num_replicas=2", "engine.num_ranks=4")
     ways = {
-        "reshard": (),
-        "kept": ("engine.reshard_after_forward=false",),
-        "bf16": ("training.precision=bf16", "engine.activation_checkpointing=full"),
-        "accumulated": ("training.micro_batch_size=2",),
-        "accumulated whole": ("training.micro_batch_size=2", "engine.accumulation=whole"),
+        2: [(), ("engine.reshard_after_forward=false",), shards],
+        4: [bf16, whole, (*replicas, *bf16), (*replicas, *shards), (*replicas, *whole)],
     }
-    replicas = ["engine.num_replicas=2", "engine.num_ranks=4"]
-    for num_ranks in (2, 4):
-        recipes = [tiny_recipe(*uneven, *way) for way in ways.values()]
-        if num_ranks == 4:
-            recipes += [tiny_recipe(*uneven, *replicas, *way) for way in ways.values()]
-        for rank, counted in enumerate(run_ranks("one_step.py", num_ranks, recipes=recipes)):
-            for recipe, (found, _) in zip(recipes, counted, strict=True):
-                expected = as_operations(collectives(recipe, num_ranks), num_ranks, recipe.engine.num_replicas)
-                assert found == expected, (num_ranks, rank, recipe.engine)
+    recipes = [tiny_recipe(*uneven, *way) for way in ways[num_ranks]]
+    for rank, counted in enumerate(run_ranks("one_step.py", num_ranks, recipes=recipes)):
+        for recipe, (found, _) in zip(recipes, counted, strict=True):
+            expected = as_operations(collectives(recipe, num_ranks), num_ranks, recipe.engine.num_replicas)
+            assert found == expected, (rank, recipe.engine)
+
+
+def test_a_step_of_the_trainer_adds_the_stop_flag(tiny_recipe: Callable, run_ranks: Callable, tmp_path: Path) -> None:
+    """The difference between a run of two steps and one of three; neither writes a line of the log between."""
+
+    def counted(num_steps: int) -> Counter:
+        length = [f"training.num_images={16 * num_steps}", "training.log_every_steps=100", "validation=null"]
+        recipe = tiny_recipe("engine.kind=fsdp", "engine.num_ranks=2", *length)
+        found, _ = run_ranks("one_step.py", 2, recipes=[recipe], run=tmp_path / str(num_steps))
+        return found[0][0]
+
+    formula = [*collectives(tiny_recipe("engine.kind=fsdp", "engine.num_ranks=2"), 2), STOP_FLAG]
+    assert counted(3) - counted(2) == as_operations(formula, 2, 1)
 
 
 def test_the_peak_is_what_torch_tracks_on_real_ranks(tiny_recipe: Callable, run_ranks: Callable) -> None:
@@ -103,9 +107,7 @@ def test_the_peak_is_what_torch_tracks_on_real_ranks(tiny_recipe: Callable, run_
         "training.ema_rates=[]",
     ]
     ways = {
-        "fp32": (),
         "bf16": ("training.precision=bf16",),
-        "full": ("engine.activation_checkpointing=full",),
         "selective": ("engine.activation_checkpointing=selective",),
         "kept": ("engine.reshard_after_forward=false",),
     }
@@ -113,7 +115,7 @@ def test_the_peak_is_what_torch_tracks_on_real_ranks(tiny_recipe: Callable, run_
     first, _ = run_ranks("one_step.py", 2, recipes=recipes, with_memory=True)
     (traced,) = run_ranks("trace.py", 1, jobs=[(recipe, 2, TOKENS) for recipe in recipes])
     peaks = {way: (found.peak_bytes, peak) for way, found, (_, peak) in zip(ways, traced, first, strict=True)}
-    for way, (ours, theirs) in peaks.items():
+    for ours, theirs in peaks.values():
         assert ours == pytest.approx(theirs, rel=0.01), peaks
 
 

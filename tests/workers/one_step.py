@@ -1,7 +1,8 @@
-"""One rank takes a real step of each recipe: the collectives that it asks for, and the peak of memory by torch's tracker."""
+"""One rank takes a real step: the collectives that it asks for, and its peak of memory by torch's tracker."""
 
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megadit.batch import TENSORS
 from megadit.distributed import Topology, process_group
 from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe
+from megadit.training import trainer
 
 TEXT_TOKENS = 5
 Found = Counter[tuple[str, int, int]]  # (operation, bytes of its largest tensor, ranks of its group) -> calls
@@ -37,7 +39,12 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def main(recipes: list[Recipe], with_memory: bool = False) -> list[tuple[Found, int]]:
+def main(recipes: list[Recipe], with_memory: bool = False, run: Path | None = None) -> list[tuple[Found, int]]:
+    """Of a step of each recipe; where there is a `run`, of all of the first recipe's training."""
+    if run is not None:
+        with Count() as counted:
+            trainer.train(recipes[0], run)
+        return [(counted.found, 0)]
     with process_group(needed=True) as topology:
         return [_step(recipe, topology, with_memory) for recipe in recipes]
 
