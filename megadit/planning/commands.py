@@ -10,7 +10,7 @@ from megadit.planning import nearest, report
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.markdown import markdown
 from megadit.planning.plan import Plan, machine_of, plan
-from megadit.planning.trace import Row, compare
+from megadit.planning.trace import Figure, compare
 from megadit.recipe import RECIPE_FOLDER, Recipe, load
 from megadit.recipe.schema import Hardware
 
@@ -83,5 +83,5 @@ def _say_found(found: nearest.Found | None, fastest: bool, hardware: Hardware) -
     return f"{kind}: {report.found_as_text(found)}{still}"
 
 
-def _trace(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> list[Row]:
+def _trace(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> list[Figure]:
     return compare(recipe, hardware.num_gpus, int(assumed.text_tokens))

@@ -225,7 +225,7 @@ def _partition(sizes: Sizes, num_bytes: int) -> Item:
 
 
 def _on_host(sizes: Sizes) -> tuple[Item, ...]:
-    """What has been added up is kept beside what the optimizer takes: by ZeRO-3 always, else of several micro-batches."""
+    """What is added up lies beside what the optimizer takes: with ZeRO-3 always, else of several micro-batches."""
     if not sizes.offloads:
         return ()
     zero3 = sizes.recipe.engine.kind == "zero3"

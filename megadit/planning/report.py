@@ -8,7 +8,7 @@ import yaml
 
 from megadit.planning.nearest import Found
 from megadit.planning.plan import GIB, Plan
-from megadit.planning.trace import Row
+from megadit.planning.trace import Figure
 from megadit.recipe import differences, load
 from megadit.recipe.schema import Hardware
 
@@ -100,7 +100,7 @@ def as_recipe(found: Found, source: str, overrides: Sequence[str], hardware: Har
     )
 
 
-def trace_as_text(rows: Sequence[Row]) -> str:
+def trace_as_text(rows: Sequence[Figure]) -> str:
     """Formulas beside what a step did."""
     header = ("", "", "formula", "traced", "difference")
     cells = [(row.what, row.unit, f"{row.formula:,}", f"{row.traced:,}", f"{row.difference:+.3%}") for row in rows]
