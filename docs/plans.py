@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from megadit.planning.commands import table_of_recipes
-from megadit.planning.costs.published import median_error, table_of_published
+from megadit.planning.answers import table_of_recipes
+from megadit.planning.costs.published_runs import median_error, table_of_published
 from megadit.planning.machine.assumptions import Assumptions
 
 PAGE = Path(__file__).resolve().parent / "planning.md"

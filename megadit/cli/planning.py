@@ -41,7 +41,7 @@ def plan(
       megadit plan pixart-mup --fastest
       megadit plan dit-xl2-mup --trace
     """
-    from megadit.planning.commands import plan_recipe
+    from megadit.planning.answers import plan_recipe
 
     asked = {"gpu": gpu, "num_nodes": nodes, "gpus_per_node": gpus_per_node}
     found = plan_recipe(recipe, overrides or [], asked, assume or [], fastest, trace, out)
@@ -56,6 +56,6 @@ def recipe_table() -> None:
     Example:
       megadit recipe table
     """
-    from megadit.planning.commands import table_of_recipes
+    from megadit.planning.answers import table_of_recipes
 
     typer.echo(table_of_recipes())

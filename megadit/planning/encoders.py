@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
 from megadit.data.encoders.text_encoder import MINILM
-from megadit.planning.in_flight import FP32_BYTES, Item, Moment
+from megadit.planning.in_flight import FP32_BYTES, Held, Moment
 from megadit.recipe import Recipe
 
 # Parameters by number of features: MiniLM-L6, and the encoders of T5 (arXiv 1910.10683) and DINOv2 (arXiv 2304.07193).
@@ -26,14 +26,14 @@ VAE_CHANNELS, VAE_MAPS, VAE_PICTURES, VAE_DOWNSAMPLING = 128, 4, 16, 8
 TEXT_CAPTIONS, TEXT_WIDTHS = 64, 16  # encoded at once; numbers for each token in widths of the encoder
 
 
-def weights(recipe: Recipe, num_ranks: int) -> tuple[Item, ...]:
+def weights(recipe: Recipe, num_ranks: int) -> tuple[Held, ...]:
     """What lies on the device all the time. Raises ValueError for an encoder that nothing is known of."""
     found, encoders, width = [], recipe.encoders, _bytes_of_number(recipe)
     if encoders and encoders.text:
         share = -(-_text_parameters(recipe, encoders.text) // (num_ranks if encoders.sharded else 1))
-        found.append(Item("text encoder", width * share))
+        found.append(Held("text encoder", width * share))
     if encoders and encoders.vae:
-        found.append(Item("autoencoder", width * (_count(_autoencoder, encoders.vae) or VAE_PARAMETERS)))
+        found.append(Held("autoencoder", width * (_count(_autoencoder, encoders.vae) or VAE_PARAMETERS)))
     if recipe.objective.image_encoder:
         known = IMAGE_PARAMETERS.get(recipe.model.feature_dim or 0)
         number = _count(_image_encoder, recipe.objective.image_encoder) or known
@@ -41,7 +41,7 @@ def weights(recipe: Recipe, num_ranks: int) -> tuple[Item, ...]:
             raise ValueError(
                 f"image encoder {recipe.objective.image_encoder}: no such folder, so its size is not known"
             )
-        found.append(Item("image encoder", FP32_BYTES * number))
+        found.append(Held("image encoder", FP32_BYTES * number))
     return tuple(found)
 
 
@@ -53,12 +53,12 @@ def working(recipe: Recipe, micro_batch: int) -> Iterator[Moment]:
         tokens = min(micro_batch, TEXT_CAPTIONS) * encoders.max_tokens
         yield (
             "encoding of captions",
-            (Item("text encoder at work (estimate)", width * tokens * features * TEXT_WIDTHS),),
+            (Held("text encoder at work (estimate)", width * tokens * features * TEXT_WIDTHS),),
         )
     if encoders and encoders.vae:
         pixels = (recipe.model.input_size * VAE_DOWNSAMPLING) ** 2 * min(micro_batch, VAE_PICTURES)
         bytes_at_once = width * pixels * VAE_CHANNELS * VAE_MAPS
-        yield "encoding of pictures", (Item("autoencoder at work (estimate)", bytes_at_once),)
+        yield "encoding of pictures", (Held("autoencoder at work (estimate)", bytes_at_once),)
 
 
 def _bytes_of_number(recipe: Recipe) -> int:

@@ -20,7 +20,7 @@ MAX_UPDATED = 1_000_000_000  # parameters that ZeRO-3 updates at once: its sub_g
 
 
 @dataclass(frozen=True)
-class Item:
+class Held:
     """What a rank holds of one kind."""
 
     name: str
@@ -28,7 +28,7 @@ class Item:
     host_bytes: int = 0
 
 
-Moment = tuple[str, tuple[Item, ...]]
+Moment = tuple[str, tuple[Held, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ class Sizes:
         """Parameters whose gradients DeepSpeed reduces at once."""
         return min(max(self.blocks), MAX_REDUCED)
 
-    def backward(self, kept: Activations) -> Iterator[tuple[int, Item, int]]:
+    def backward(self, kept: Activations) -> Iterator[tuple[int, Held, int]]:
         """The backward passes of the blocks, the last first: number, activations, and parameters of those before it."""
         done = 0
         for index in reversed(range(len(self.blocks))):
             gone = (len(self.blocks) - 1 - index) * kept.block
-            yield index, Item("activations", kept.training - gone), done
+            yield index, Held("activations", kept.training - gone), done
             done += self.blocks[index]
 
     @staticmethod
-    def held(name: str, num_bytes: int, offloaded: bool) -> Item:
-        return Item(name, 0, num_bytes) if offloaded else Item(name, num_bytes)
+    def held(name: str, num_bytes: int, offloaded: bool) -> Held:
+        return Held(name, 0, num_bytes) if offloaded else Held(name, num_bytes)
 
 
 def moments_of(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
@@ -113,10 +113,10 @@ def moments_of(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
 
 
 def gathered_for_evaluation(sizes: Sizes) -> int:
-    """Bytes of whole weights in a forward pass without gradients."""
+    """Bytes of whole weights beside those that lie there, where averages take their place and go forward."""
     engine = sizes.recipe.engine
     if engine.kind in ("single", "zero1", "zero2"):
-        return 0
+        return sizes.weight_bytes * sizes.total if sizes.copied else 0  # gloo's copy, as weights are handed on
     whole = engine.kind == "fsdp" and not engine.reshard_after_forward
     return sizes.weight_bytes * (sizes.total if whole else 2 * max(sizes.blocks) + sizes.rest)
 
@@ -124,8 +124,8 @@ def gathered_for_evaluation(sizes: Sizes) -> int:
 def _single(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     for index, activations, done in sizes.backward(kept):
         there = sizes.total if sizes.accumulates else done + sizes.blocks[index] + sizes.rest
-        yield f"backward, block {index}", (Item("gradients", FP32_BYTES * there), activations)
-    yield "update", (Item("gradients", sizes.share),)
+        yield f"backward, block {index}", (Held("gradients", FP32_BYTES * there), activations)
+    yield "update", (Held("gradients", sizes.share),)
 
 
 def _fsdp(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
@@ -144,7 +144,7 @@ def _fsdp(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
             # A single rank has nothing to gather, so nothing is fetched ahead.
             gathered = block + (sizes.blocks[index - 1] if index and sizes.num_shards > 1 else 0)
         if whole:
-            gradients = Item("gradients", FP32_BYTES * sizes.total)
+            gradients = Held("gradients", FP32_BYTES * sizes.total)
             working = width * block
         else:
             gradients = sizes.held("gradients", sizes.share if sizes.accumulates else sizes.part(done), offloaded)
@@ -154,37 +154,37 @@ def _fsdp(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
             f"backward, block {index}",
             (
                 gradients,
-                Item("gathered weights", width * (gathered + sizes.rest)),
-                Item("gradients in flight", working),
+                Held("gathered weights", width * (gathered + sizes.rest)),
+                Held("gradients in flight", working),
                 activations,
             ),
         )
         reduced = block
     last = (
-        Item("gathered weights", width * sizes.rest),
-        Item("gradients in flight", (width + FP32_BYTES) * sizes.rest),
+        Held("gathered weights", width * sizes.rest),
+        Held("gradients in flight", (width + FP32_BYTES) * sizes.rest),
     )
     yield "end of the backward pass", (sizes.held("gradients", sizes.share, offloaded), *last)
 
 
 def _zero1(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     """Gradients stay whole until the last micro-batch; then a rank's part of them is copied twice."""
-    bucket = Item("gradients in flight", FP32_BYTES * sizes.bucket)
+    bucket = Held("gradients in flight", FP32_BYTES * sizes.bucket)
     for index, activations, done in sizes.backward(kept):
         there = sizes.total if sizes.accumulates else done + sizes.blocks[index] + sizes.rest
-        gradients = Item("gradients", FP32_BYTES * there)
+        gradients = Held("gradients", FP32_BYTES * there)
         yield f"backward, block {index}", (gradients, *_on_host(sizes), bucket, activations)
     yield from _update(sizes, 2 * sizes.share)
 
 
 def _zero1_bf16(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     """DeepSpeed's BF16_Optimizer: whole fp32 gradients always, those in bf16 beside them, and a copy to reduce."""
-    gradients = Item("gradients", FP32_BYTES * sizes.total)
-    half = Item("gradients in bf16", sizes.weight_bytes * sizes.total)
+    gradients = Held("gradients", FP32_BYTES * sizes.total)
+    half = Held("gradients in bf16", sizes.weight_bytes * sizes.total)
     for index, activations, _ in sizes.backward(kept):
         yield f"backward, block {index}", (gradients, half, activations)
     copied = FP32_BYTES * min(sizes.total, MAX_REDUCED)
-    yield "reduction", (gradients, half, Item("gradients in flight", copied))
+    yield "reduction", (gradients, half, Held("gradients in flight", copied))
 
 
 def _zero2(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
@@ -192,7 +192,7 @@ def _zero2(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     fp32 = sizes.weight_bytes == FP32_BYTES
     copies = 2 if fp32 and sizes.accumulates else 1  # in fp32, what has been added up and what is to be added
     width = FP32_BYTES if fp32 else 2 * sizes.weight_bytes + FP32_BYTES
-    bucket = Item("gradients in flight", (width + sizes.copied) * sizes.bucket)
+    bucket = Held("gradients in flight", (width + sizes.copied) * sizes.bucket)
     for index, activations, _ in sizes.backward(kept):
         yield f"backward, block {index}", (_partition(sizes, copies * sizes.share), bucket, activations)
     yield from _update(sizes, (2 if fp32 else 1) * sizes.share)
@@ -204,9 +204,9 @@ def _zero3(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     """
     largest, width = max(sizes.blocks), sizes.weight_bytes
     copied = sizes.copied * width // FP32_BYTES
-    gathered = Item("gathered weights", (3 * width + copied) * largest)
+    gathered = Held("gathered weights", (3 * width + copied) * largest)
     in_bf16 = width if width < FP32_BYTES else 0
-    in_flight = Item("gradients in flight", (2 * FP32_BYTES + in_bf16 + sizes.copied) * largest)
+    in_flight = Held("gradients in flight", (2 * FP32_BYTES + in_bf16 + sizes.copied) * largest)
     for index, activations, _ in sizes.backward(kept):
         yield f"backward, block {index}", (_partition(sizes, sizes.share), gathered, in_flight, activations)
     yield from _update(sizes, sizes.share + min(sizes.share, FP32_BYTES * MAX_UPDATED))
@@ -215,19 +215,19 @@ def _zero3(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
 def _update(sizes: Sizes, gradient_bytes: int) -> Iterator[Moment]:
     yield "update", (_partition(sizes, gradient_bytes),)
     if sizes.copied and sizes.recipe.engine.kind != "zero3":
-        copy = Item("the collective's copy of the weights", sizes.weight_bytes * sizes.total)
+        copy = Held("the collective's copy of the weights", sizes.weight_bytes * sizes.total)
         yield "gathering", (copy, *_on_host(sizes))
 
 
-def _partition(sizes: Sizes, num_bytes: int) -> Item:
+def _partition(sizes: Sizes, num_bytes: int) -> Held:
     """This rank's gradients, which are in the memory of the CPU once and for all where the optimizer is."""
-    return _on_host(sizes)[0] if sizes.offloads else Item("gradients", num_bytes)
+    return _on_host(sizes)[0] if sizes.offloads else Held("gradients", num_bytes)
 
 
-def _on_host(sizes: Sizes) -> tuple[Item, ...]:
-    """What is added up lies beside what the optimizer takes: with ZeRO-3 always, else of several micro-batches."""
+def _on_host(sizes: Sizes) -> tuple[Held, ...]:
+    """What has been added up, by ZeRO-3 always and else of several micro-batches, beside what the optimizer takes."""
     if not sizes.offloads:
         return ()
     zero3 = sizes.recipe.engine.kind == "zero3"
     added = sizes.share if zero3 else sizes.share * sizes.weight_bytes // FP32_BYTES if sizes.accumulates else 0
-    return (Item("gradients of the optimizer", 0, sizes.share + added),)
+    return (Held("gradients of the optimizer", 0, sizes.share + added),)

@@ -8,7 +8,7 @@ from megadit import optimizers
 from megadit.parametrization.table import build_table
 from megadit.planning import encoders
 from megadit.planning.activations import activations
-from megadit.planning.in_flight import FP32_BYTES, Item, Sizes, gathered_for_evaluation, moments_of
+from megadit.planning.in_flight import FP32_BYTES, Held, Sizes, gathered_for_evaluation, moments_of
 from megadit.recipe import Recipe
 
 
@@ -19,7 +19,7 @@ class Memory:
     Not in it are the context of a GPU, the buffers of NCCL, what fragmentation takes, and the stream of data.
     """
 
-    moments: Mapping[str, tuple[Item, ...]]  # "backward, block 3", "update", "validation", ...
+    moments: Mapping[str, tuple[Held, ...]]  # "backward, block 3", "update", "validation", ...
 
     @property
     def moment(self) -> str:
@@ -27,7 +27,7 @@ class Memory:
         return max(self.moments, key=lambda name: sum(item.device_bytes for item in self.moments[name]))
 
     @property
-    def items(self) -> tuple[Item, ...]:
+    def items(self) -> tuple[Held, ...]:
         """What is held at that moment; `peak` is the sum over the device."""
         return self.moments[self.moment]
 
@@ -46,7 +46,7 @@ class Memory:
         """The most of both together: on a CPU they are one."""
         return self._most(lambda item: item.device_bytes + item.host_bytes)
 
-    def _most(self, size: Callable[[Item], int]) -> int:
+    def _most(self, size: Callable[[Held], int]) -> int:
         return max(sum(map(size, items)) for items in self.moments.values())
 
 
@@ -68,10 +68,10 @@ def predict(recipe: Recipe, num_ranks: int, text_tokens: int, on_cpu: bool = Fal
     moments = [*moments_of(sizes, kept), *encoders.working(recipe, micro_batch)]
     if recipe.validation:
         moments.append(("validation", _validation(sizes, kept.evaluation)))
-    return Memory({name: (*always, Item("batch", batch), *items) for name, items in moments})
+    return Memory({name: (*always, Held("batch", batch), *items) for name, items in moments})
 
 
-def _states(sizes: Sizes) -> list[Item]:
+def _states(sizes: Sizes) -> list[Held]:
     engine, share = sizes.recipe.engine, sizes.share
     items = [
         sizes.held("weights", share, sizes.offloads),
@@ -79,30 +79,30 @@ def _states(sizes: Sizes) -> list[Item]:
         sizes.held("averages", _num_averages(sizes) * share, sizes.offloads),
     ]
     if engine.kind in ("zero1", "zero2"):
-        items.append(Item("weights of the matrix products", sizes.weight_bytes * sizes.total))
+        items.append(Held("weights of the matrix products", sizes.weight_bytes * sizes.total))
         if sizes.offloads:  # on their way to the device
-            items.append(Item("buffer for the weights", 0, share * sizes.weight_bytes // FP32_BYTES))
+            items.append(Held("buffer for the weights", 0, share * sizes.weight_bytes // FP32_BYTES))
     if engine.kind == "zero3":  # what is gathered is a copy of the share
         copy = share * sizes.weight_bytes // FP32_BYTES
         items.append(sizes.held("weights of the matrix products", copy, engine.cpu_offload == "all"))
     return items
 
 
-def _staging(sizes: Sizes) -> list[Item]:
+def _staging(sizes: Sizes) -> list[Held]:
     """The checkpoint's copy of this rank's state. Pinned memory comes in powers of two, for each tensor."""
     if not sizes.recipe.checkpoints.asynchronous:
         return []
     copies = 1 + _num_slots(sizes) + _num_averages(sizes)
     if sizes.on_cpu:
-        return [Item("copy for the checkpoint", 0, copies * sizes.share)]
+        return [Held("copy for the checkpoint", 0, copies * sizes.share)]
     parts = (sizes.part(math.prod(spec.shape)) for spec in build_table(sizes.recipe))
-    return [Item("copy for the checkpoint", 0, copies * sum(1 << (part - 1).bit_length() for part in parts))]
+    return [Held("copy for the checkpoint", 0, copies * sum(1 << (part - 1).bit_length() for part in parts))]
 
 
-def _validation(sizes: Sizes, activation_bytes: int) -> tuple[Item, ...]:
+def _validation(sizes: Sizes, activation_bytes: int) -> tuple[Held, ...]:
     """A forward pass without gradients, with an average in place of the weights, which are kept meanwhile."""
-    gathered = Item("gathered weights", gathered_for_evaluation(sizes))
-    items = (gathered, Item("activations", activation_bytes))
+    gathered = Held("gathered weights", gathered_for_evaluation(sizes))
+    items = (gathered, Held("activations", activation_bytes))
     if not _num_averages(sizes):
         return items
     return (

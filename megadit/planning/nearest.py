@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from megadit.planning.machine.assumptions import Assumptions
-from megadit.planning.plan import Plan, plan
+from megadit.planning.run_plan import Plan, plan
 from megadit.recipe import Recipe
 from megadit.recipe.schema import Hardware
 

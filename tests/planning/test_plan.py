@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from megadit.cli import app
 from megadit.planning.collectives import Collective
-from megadit.planning.costs.published import comparisons, median_error
+from megadit.planning.costs.published_runs import comparisons, median_error
 from megadit.planning.costs.roof import attention_share
 from megadit.planning.costs.run_cost import saving
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.machine.gpus import GPUS
 from megadit.planning.machine.network import Network
-from megadit.planning.plan import GIB, machine_of, plan
+from megadit.planning.run_plan import GIB, machine_of, plan
 from megadit.recipe import differences, load
 from megadit.recipe.schema import Hardware
 

@@ -2,7 +2,7 @@
 
 Figures of FlashAttention 3 on an H100 (arXiv 2407.08608, figures 5 and 6), as shares of what large products sustain:
 narrow matrices and short sequences reach less. Runs reach a share of the roof, `Assumptions.compute_share`, which is
-fitted to published runs (published.py, docs/planning.md).
+fitted to published runs (published_runs.py, docs/planning.md).
 """
 
 import math

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megadit.files import write_text
-from megadit.planning import nearest, report
+from megadit.planning import nearest, plan_report
 from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.markdown import markdown
-from megadit.planning.plan import Plan, machine_of, plan
+from megadit.planning.run_plan import Plan, machine_of, plan
 from megadit.planning.trace import Figure, compare
 from megadit.recipe import RECIPE_FOLDER, Recipe, load
 from megadit.recipe.schema import Hardware
@@ -39,22 +39,22 @@ def plan_recipe(
     settings = [f"hardware.{key}={value}" for key, value in hardware.model_dump().items()]
     recipe = load(source, [*overrides, *settings])
     planned = plan(recipe, hardware, assumed)
-    blocks = [report.as_text(planned, recipe.name)]
-    tree = report.as_tree(planned)
+    blocks = [plan_report.as_text(planned, recipe.name)]
+    tree = plan_report.as_tree(planned)
     if planned.problems() or fastest or out:
         found = _other_settings(planned, fastest, assumed)
         blocks.append(_say_found(found, fastest, hardware))
-        tree["found"] = None if found is None else {"changes": found.changes, **report.as_tree(found.plan)}
+        tree["found"] = None if found is None else {"changes": found.changes, **plan_report.as_tree(found.plan)}
         if out is not None:
             if found is None:
                 raise ValueError(f"{out} is not written: {blocks[-1]}")
-            write_text(out, report.as_recipe(found, source, overrides, hardware))
+            write_text(out, plan_report.as_recipe(found, source, overrides, hardware))
             blocks.append(f"wrote {out}")
     if trace:
         rows = _trace(recipe, hardware, assumed)
-        blocks.append(report.trace_as_text(rows))
+        blocks.append(plan_report.trace_as_text(rows))
         tree["trace"] = [vars(row) | {"difference": row.difference} for row in rows]
-    return Planned("\n\n".join([*blocks, report.assumptions_as_text(planned)]), tree, planned.fits)
+    return Planned("\n\n".join([*blocks, plan_report.assumptions_as_text(planned)]), tree, planned.fits)
 
 
 def table_of_recipes() -> str:
@@ -64,8 +64,8 @@ def table_of_recipes() -> str:
         recipe = load(path.stem)
         if recipe.hardware is not None:
             planned = plan(recipe, machine_of(recipe, None, None, None), Assumptions())
-            rows.append((planned.num_parameters, report.as_row(planned, path.stem)))
-    return markdown(report.TABLE_HEADER, [row for _, row in sorted(rows)])
+            rows.append((planned.num_parameters, plan_report.as_row(planned, path.stem)))
+    return markdown(plan_report.TABLE_HEADER, [row for _, row in sorted(rows)])
 
 
 def _other_settings(planned: Plan, fastest: bool, assumed: Assumptions) -> nearest.Found | None:
@@ -77,10 +77,10 @@ def _other_settings(planned: Plan, fastest: bool, assumed: Assumptions) -> neare
 
 def _say_found(found: nearest.Found | None, fastest: bool, hardware: Hardware) -> str:
     if found is None:
-        return f"no settings fit {report.describe(hardware)}: take more GPUs, or larger ones"
+        return f"no settings fit {plan_report.describe(hardware)}: take more GPUs, or larger ones"
     kind = "the fastest settings" if fastest else "the nearest settings that fit"
     still = "".join(f"\n  {problem}" for problem in found.plan.problems())
-    return f"{kind}: {report.found_as_text(found)}{still}"
+    return f"{kind}: {plan_report.found_as_text(found)}{still}"
 
 
 def _trace(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> list[Figure]:

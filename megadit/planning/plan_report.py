@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from megadit.planning.nearest import Found
-from megadit.planning.plan import GIB, Plan
+from megadit.planning.run_plan import GIB, Plan
 from megadit.planning.trace import Figure
 from megadit.recipe import differences, load
 from megadit.recipe.schema import Hardware
