@@ -1,6 +1,6 @@
 # make quickstart   train a small model from a local S3 server and sample from it (at most 10 minutes on 2 cores)
 # make test         the tests; `make slow` runs the long ones too, `make lint` the formatter, linter and type checker
-# make layers       draw docs/images/layers.svg from the imports
+# make layers       draw docs/images/layers.svg from the imports; `make plans` writes the tables of docs/planning.md
 # Needs Python 3.11 or newer and make. Everything is installed into .venv; `make clean` removes it.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ PARALLEL := -n 2 --dist loadfile  # files of tests side by side; fixtures of a f
 # The repository root must stay off sys.path: its folders (kernels, eval, ...) are imported as megadit.kernels, ...
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart test slow lint layers clean
+.PHONY: quickstart test slow lint layers plans clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/megadit.stamp
@@ -34,6 +34,9 @@ lint: $(VENV)/tools.stamp
 
 layers:
 	$(PYTHON) docs/layers.py
+
+plans: $(VENV)/megadit.stamp
+	$(BIN)/python docs/plans.py
 
 clean:
 	rm -rf $(VENV) build dist megadit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

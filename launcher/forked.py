@@ -37,7 +37,7 @@ class ForkedRanks:
         for rank in range(num_ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **joining} if num_ranks > 1 else {}
             arguments = (source, tuple(overrides), run, self._log, {**common, **place})
-            self._ranks.append(_server().Process(target=_main, args=arguments))
+            self._ranks.append(fork_server().Process(target=_main, args=arguments))
         for process in self._ranks:
             process.start()
 
@@ -77,7 +77,8 @@ class ForkedRanks:
         return next(iter(errors), f"exit code {exit_code}: {' / '.join(said[-3:])}")
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Whose processes have the trainer and the engines imported when they start."""
     import torch
 
     preloaded = list(_PRELOADED)

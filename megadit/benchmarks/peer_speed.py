@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from megadit import models
 from megadit.benchmarks.findings import Table
 from megadit.benchmarks.pairs import time_pairs
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import format_of
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe
 
 Arguments = dict[str, Any]

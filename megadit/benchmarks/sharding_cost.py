@@ -9,8 +9,8 @@ from functools import partial
 from megadit import engines, objectives
 from megadit.benchmarks.findings import Table
 from megadit.benchmarks.pairs import time_pairs
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import process_group
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, parse
 
 TEXT_TOKENS = 16

@@ -11,14 +11,13 @@ from functools import partial
 import torch
 
 from megadit import engines, objectives
-from megadit.batch import Batch
 from megadit.distributed import Topology, process_group
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, parse
 from megadit.training.peak_memory import reset_peak
 from megadit.training.telemetry import Costs, Telemetry
 
 WARMUP_STEPS = 2  # of each setting: memory is taken, kernels are chosen and blocks compiled
-DEFAULT_TEXT_TOKENS = 77
 logger = logging.getLogger(__name__)
 
 
@@ -49,30 +48,6 @@ def bench(recipe: Recipe, settings: Sequence[Setting], num_steps: int, text_toke
             Measured(setting, _measure(_changed(recipe, setting, topology.size), topology, num_steps, text_tokens))
             for setting in settings
         ]
-
-
-def synthetic_batch(recipe: Recipe, size: int, text_tokens: int | None, device: torch.device) -> Batch:
-    """Normal noise in place of `size` pictures, with captions of `text_tokens` tokens; nothing is dropped."""
-    model = recipe.model
-    taken = model.conditions
-    longest = taken.max_text_tokens or DEFAULT_TEXT_TOKENS
-    tokens = longest if text_tokens is None else text_tokens
-    picture = (size, model.in_channels, model.input_size, model.input_size)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    batch = Batch(
-        images=torch.randn(picture, generator=generator),
-        text=torch.randn(size, tokens, taken.text_dim or 1, generator=generator),
-        text_lengths=torch.full((size,), tokens),
-        pooled=torch.randn(size, taken.pooled_dim or 1, generator=generator),
-        labels=torch.zeros(size, dtype=torch.int64),
-        noise=torch.randn(picture, generator=generator),
-        timestep_uniform=torch.rand(size, generator=generator),
-        drop_uniform=torch.ones(size),
-        epoch=torch.zeros(size, dtype=torch.int64),
-        sample=torch.arange(size),
-        replaced=torch.zeros(size, dtype=torch.int64),
-    )
-    return batch.to(device)
 
 
 def _changed(recipe: Recipe, setting: Setting, num_ranks: int) -> Recipe:

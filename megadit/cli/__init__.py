@@ -14,6 +14,7 @@ from megadit.cli.data import data_app
 from megadit.cli.evaluation import eval_app
 from megadit.cli.interop import interop_app
 from megadit.cli.options import Overrides, RecipeName
+from megadit.cli.planning import plan, recipe_table
 from megadit.cli.trajectory import verify_trajectory
 from megadit.cli.tuning import coord_check, sweep, transfer
 from megadit.launcher.failures import run_reporting
@@ -53,11 +54,13 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(interop_app, name="interop")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.command()(plan)
 app.command()(coord_check)
 app.command()(sweep)
 app.command()(transfer)
 app.command("verify-trajectory")(verify_trajectory)
 app.add_typer(recipe_app, name="recipe")
+recipe_app.command("table")(recipe_table)
 app.add_typer(shapes_app, name="shapes")
 
 

@@ -134,8 +134,9 @@ def checkpoint(
 def memory(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
-    engines: Annotated[str, typer.Option(help="fsdp, hsdp, zero3, with commas between.")] = "fsdp,hsdp,zero3",
+    engines: Annotated[str, typer.Option(help="With commas between.")] = "single,fsdp,hsdp,zero1,zero2,zero3",
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas between.")] = "1,2,4",
+    options: Annotated[str, typer.Option(help="Settings that are compared, such as bf16,saving; or all.")] = "plain",
     json: Json = None,
 ) -> None:
     """What a rank holds while it trains on the processors, beside what the formula says. Linux only.
@@ -143,10 +144,12 @@ def memory(
     \b
     Example:
       megadit bench memory quickstart --engines fsdp --ranks 1,2
+      megadit bench memory quickstart --options all
     """
-    from megadit.benchmarks.train_memory import bench_memory, parse_ranks
+    from megadit.benchmarks.train_memory import OPTIONS, bench_memory, parse_ranks
 
-    _show([bench_memory(recipe, overrides or [], engines.split(","), parse_ranks(ranks))], json)
+    chosen = list(OPTIONS) if options == "all" else options.split(",")
+    _show([bench_memory(recipe, overrides or [], engines.split(","), parse_ranks(ranks), chosen)], json)
 
 
 @bench_app.command()

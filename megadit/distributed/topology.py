@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +66,7 @@ class Topology:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
+    @cached_property
     def mesh(self) -> DeviceMesh:
         """What FSDP2 shards over: all ranks in a row, or `replicate` rows of `shard` ranks."""
         if self.replicate.size == 1:

@@ -41,7 +41,7 @@ def prepare_blocks(model: nn.Module, settings: EngineSettings) -> None:
     for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
         if level == "selective":
             block.forward = _checkpointed(block.forward, context_fn=_keep_products)
-        elif level == "full" or (isinstance(level, int) and index % level == 0):
+        elif is_checkpointed(level, index):
             block.forward = _checkpointed(block.forward)
         if settings.compile:
             # fullgraph: too many shapes are an error then, not a silent return to eager mode. The second length of
@@ -49,13 +49,23 @@ def prepare_blocks(model: nn.Module, settings: EngineSettings) -> None:
             block.forward = torch.compile(block.forward, fullgraph=True)
 
 
+def is_checkpointed(level: str | int, index: int) -> bool:
+    """Whether engine.activation_checkpointing `level` makes the block at `index` compute all of itself again."""
+    return level == "full" or (isinstance(level, int) and index % level == 0)
+
+
 def num_parameters_of_blocks(specs: Iterable[ParamSpec]) -> dict[str, int]:
     """Name of a block ("blocks.0") -> number of its parameters; "" is what belongs to no block."""
     sizes: Counter[str] = Counter()
     for spec in specs:
-        parts = spec.name.split(".")
-        sizes[".".join(parts[:2]) if parts[0] == "blocks" else ""] += math.prod(spec.shape)
+        sizes[block_of(spec.name)] += math.prod(spec.shape)
     return dict(sizes)
+
+
+def block_of(name: str) -> str:
+    """The block of a parameter of this name, such as "blocks.0"; "" where it belongs to none."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else ""
 
 
 def _checkpointed(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:

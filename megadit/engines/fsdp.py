@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class TorchEngine:
         self.device = topology.device
         self._bf16 = recipe.training.precision == "bf16"
         self._sharded = recipe.engine.kind == "fsdp"
+        self._keeps_whole_gradients = recipe.engine.accumulation == "whole"
         self._max_grad_norm = recipe.optimizer.max_grad_norm
         specs = build_table(recipe)
         with torch.device("meta"):
@@ -70,8 +72,8 @@ class TorchEngine:
     def train_step(self, micro_batches: Sequence[LossClosure], lr_factor: float) -> StepResult:
         parts = []
         for index, micro_batch in enumerate(micro_batches):
-            if self._sharded:  # gradients are added up over ranks once, after the last micro-batch
-                self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
+            if self._sharded:
+                self._reduce_after(last=index == len(micro_batches) - 1)
             with self._precision():
                 losses = micro_batch(self.model)
             (mean_loss(losses) / len(micro_batches)).backward()
@@ -105,6 +107,17 @@ class TorchEngine:
         for leaf in self._leaves.values():
             self._kind.set_num_steps(self._optimizer.state[leaf], leaf, num_steps)
 
+    def _reduce_after(self, last: bool) -> None:
+        """Say what becomes of the gradients of the next micro-batch.
+
+        The first method sets both, and the second is about the sum over replicas alone: kept as shards, gradients are
+        summed over the ranks of a replica after each micro-batch, over replicas after the last one. (FSDPModule, the
+        same in torch 2.6 to 2.14.)
+        """
+        model: Any = self.model
+        model.set_requires_gradient_sync(last or not self._keeps_whole_gradients)
+        model.set_requires_all_reduce(last)
+
     def _precision(self) -> AbstractContextManager[None]:
         """FSDP2 casts by its own policy; a plain model casts by autocast. Weights are fp32 either way."""
         if self._bf16 and not self._sharded:
@@ -136,7 +149,7 @@ def _shard(model: nn.Module, bf16: bool, settings: EngineSettings, topology: Top
     offloaded = settings.cpu_offload == "all"
     shard = partial(
         fully_shard,
-        mesh=topology.mesh(),
+        mesh=topology.mesh,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32 if bf16 else None,

@@ -7,12 +7,22 @@ Every model is called as `model(x_BCHW, timestep_B, dropped_B=..., **conditions)
 from torch import nn
 
 from megadit.models.dit import DIT
-from megadit.models.family import Conditions, Family, ModelConfig
+from megadit.models.family import Conditions, Family, ForwardFlops, ModelConfig
 from megadit.models.mmdit import MMDIT
 from megadit.models.pixart import PIXART
 from megadit.registry import Registry
 
-__all__ = ["FAMILIES", "Conditions", "Family", "ModelConfig", "build", "family_of", "num_flops"]
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "Family",
+    "ForwardFlops",
+    "ModelConfig",
+    "build",
+    "family_of",
+    "forward_flops",
+    "num_flops",
+]
 
 FAMILIES: Registry[Family] = Registry("model family")
 for _family in (DIT, PIXART, MMDIT):
@@ -29,6 +39,11 @@ def build(config: ModelConfig) -> nn.Module:
     return family_of(config).build(config)
 
 
+def forward_flops(config: ModelConfig, num_text_tokens: int) -> ForwardFlops:
+    """What one sample's forward pass takes, by blocks and the rest."""
+    return family_of(config).forward_flops(config, num_text_tokens)
+
+
 def num_flops(config: ModelConfig, num_text_tokens: int) -> int:
-    """Floating-point operations of one sample's forward pass; a multiply-add is two, a training step three passes."""
-    return family_of(config).num_flops(config, num_text_tokens)
+    """Floating-point operations of one sample's forward pass in training; a multiply-add is two."""
+    return forward_flops(config, num_text_tokens).total

@@ -8,7 +8,7 @@ recipe).
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import model_validator
 from torch import nn
@@ -85,9 +85,30 @@ class ModelConfig(Node):
         """Features that a head on the image tokens predicts of a pretrained encoder (REPA); None without one."""
         return None
 
+    def with_depth(self, depth: int) -> Self:
+        """The same model of so many blocks."""
+        return self.model_copy(update={"depth": depth})
+
     @property
     @abstractmethod
     def conditions(self) -> Conditions: ...
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Floating-point operations of the matrix products of one sample's forward pass in training.
+
+    A multiply-add counts as two.
+    """
+
+    blocks: tuple[int, ...]  # of each of `model.blocks`
+    outside: int  # of all other layers
+    first_layers: int  # of these, the layers whose input needs no gradient: pictures, timesteps, text
+    attention: int  # of the blocks', products of pairs of tokens
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.outside
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ class Family:
 
     config: type[ModelConfig]
     build: Callable[[Any], nn.Module]  # from a config; weights are torch's defaults
-    num_flops: Callable[[Any, int], int]  # of (config, text tokens): one sample's forward pass, a multiply-add is two
+    forward_flops: Callable[[Any, int], ForwardFlops]  # of (config, text tokens)
     initial: Mapping[str, Rules]  # by parametrization: "mup, paper", "mup, zero" and "sp"
     readout: str  # the Readout that predicts, by its name in the model
     tables: tuple[str, ...] = ()  # last names of parameters that are tables: rows of width

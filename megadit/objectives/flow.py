@@ -59,6 +59,10 @@ class FlowObjective(ObjectiveConfig):
         return None if self.repa is None else "objective.repa"
 
     @property
+    def image_encoder(self) -> str | None:
+        return None if self.repa is None else self.repa.encoder
+
+    @property
     def paper_space(self) -> tuple[str, ...]:
         return () if self.repa is None else ("objective.repa.weight=0.1..2.0",)
 

@@ -45,6 +45,11 @@ class ObjectiveConfig(Node):
         return None
 
     @property
+    def image_encoder(self) -> str | None:
+        """The folder of a frozen image encoder that runs in the trainer; None without one."""
+        return None
+
+    @property
     def paper_space(self) -> tuple[str, ...]:
         """Its own part of the search space `paper`, as KEY=VALUES."""
         return ()

@@ -6,27 +6,48 @@ for Adam). A trainable parameter without a role is an error.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from megadit import models
+from megadit.models import ModelConfig
 from megadit.models.layers import Readout
-from megadit.optimizers import Scaling
+from megadit.optimizers import OptimizerConfig, Scaling
 from megadit.parametrization import base_shapes
 from megadit.parametrization.base_shapes import BaseShapes
 from megadit.parametrization.groups import param_groups
 from megadit.parametrization.initialisation import rule_of, standard_deviation
 from megadit.parametrization.spec import ParamSpec, Role
-from megadit.recipe import Recipe
+from megadit.recipe import Parametrization, Recipe
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a table is a function of."""
+
+    model: ModelConfig
+    parametrization: Parametrization
+    optimizer: OptimizerConfig
+    shapes: bytes  # the contents of the file
+    recipe: Recipe = field(compare=False)
 
 
 def build_table(recipe: Recipe) -> list[ParamSpec]:
-    """One ParamSpec per trainable parameter, in the model's order.
+    """One ParamSpec per trainable parameter, in the model's order. A plan asks hundreds of times: the last are kept.
 
     Raises ValueError for base shapes that do not fit the model, and for a parameter that has no role.
     """
+    file = recipe.parametrization.base_shapes
+    shapes = base_shapes.resolve(file).read_bytes() if file is not None else b""
+    return list(_build(_Asked(recipe.model, recipe.parametrization, recipe.optimizer, shapes, recipe)))
+
+
+@lru_cache(maxsize=8)
+def _build(asked: _Asked) -> list[ParamSpec]:
+    recipe = asked.recipe
     model = base_shapes.meta_model(recipe.model)
     if recipe.parametrization.kind == "sp":
         return table_of(model, None, recipe)

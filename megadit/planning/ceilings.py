@@ -1,15 +1,17 @@
 """What a GPU can do at most, for the model FLOPs utilisation."""
 
+from collections.abc import Mapping
+
 import torch
 
-# Dense TFLOP/s of matrix products by part of the device's name, the first match counts: in bf16 and TF32 with fp32
-# sums, and in fp32. From NVIDIA's data sheets, where "with sparsity" is twice the dense number.
-PEAK_TFLOPS = {
+from megadit.planning.machine.gpus import GPUS
+
+# Dense TFLOP/s of matrix products by part of the device's name, the first match counts: of cards that no cluster has
+# (NVIDIA's data sheet of the H100, where "with sparsity" is twice the dense number), and of the table.
+PEAK_TFLOPS: Mapping[str, Mapping[str, float]] = {
     "H100 PCIe": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0},
     "H100 NVL": {"bf16": 835.0, "tf32": 417.0, "fp32": 60.0},
-    "H100": {"bf16": 989.0, "tf32": 494.0, "fp32": 67.0},
-    "H200": {"bf16": 989.0, "tf32": 494.0, "fp32": 67.0},
-    "A100": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5},
+    **{gpu.device_name: gpu.tflops for gpu in GPUS.values()},
 }
 
 

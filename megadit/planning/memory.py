@@ -1,169 +1,127 @@
 """The memory of a rank while it trains, from the recipe alone: nothing is allocated and no rank is started."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from megadit import models, optimizers
-from megadit.engines.blocks import num_parameters_of_blocks
-from megadit.models import ModelConfig
+from megadit import optimizers
 from megadit.parametrization.table import build_table
+from megadit.planning import encoders
+from megadit.planning.activations import activations
+from megadit.planning.in_flight import FP32_BYTES, Held, Sizes, gathered_for_evaluation, moments_of
 from megadit.recipe import Recipe
-
-FP32_BYTES = 4
-IN_FLIGHT = 2  # blocks whose whole weights and gradients a rank holds at once: one is at work, one communicated
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, item by item; all are this rank's share but for `gathered` and `activations`."""
+    """Bytes of one rank at the moments of a step at which it may hold most.
 
-    weights: int  # fp32, and what the engine keeps of them in the dtype of the matrix products
-    optimizer_state: int
-    averages: int
-    gradients: int
-    gathered: int  # whole weights and gradients, for a part of a step
-    activations: int
+    Not in it are the context of a GPU, the buffers of NCCL, what fragmentation takes, and the stream of data.
+    """
+
+    moments: Mapping[str, tuple[Held, ...]]  # "backward, block 3", "update", "validation", ...
+
+    @property
+    def moment(self) -> str:
+        """When the device holds most."""
+        return max(self.moments, key=lambda name: sum(item.device_bytes for item in self.moments[name]))
+
+    @property
+    def items(self) -> tuple[Held, ...]:
+        """What is held at that moment; `peak` is the sum over the device."""
+        return self.moments[self.moment]
 
     @property
     def peak(self) -> int:
-        """The most held at once: in the backward pass activations go as gradients come."""
-        states = self.weights + self.optimizer_state + self.averages
-        return states + self.gathered + max(self.gradients, self.activations)
+        """The most that the device holds at once."""
+        return self._most(lambda item: item.device_bytes)
+
+    @property
+    def host_peak(self) -> int:
+        """The most that is held for this rank in the memory of the CPU at once."""
+        return self._most(lambda item: item.host_bytes)
+
+    @property
+    def total_peak(self) -> int:
+        """The most of both together: on a CPU they are one."""
+        return self._most(lambda item: item.device_bytes + item.host_bytes)
+
+    def _most(self, size: Callable[[Held], int]) -> int:
+        return max(sum(map(size, items)) for items in self.moments.values())
 
 
-def predict(recipe: Recipe, num_ranks: int, text_tokens: int) -> Memory:
-    """The memory of each of `num_ranks` ranks for captions of `text_tokens` tokens; all of it on one device.
+def predict(recipe: Recipe, num_ranks: int, text_tokens: int, on_cpu: bool = False) -> Memory:
+    """The memory of each of `num_ranks` ranks for captions of `text_tokens` tokens.
 
-    States are 8 bytes a parameter and 4 for each slot of the optimizer and each average, over the shards; in flight are
-    the weights of two blocks in the dtype of the matrix products, and their gradients in fp32. Raises ValueError for
-    what this does not cover.
+    States lie there all the time: fp32 weights, the slots of the optimizer, averages. `in_flight.py` has what an engine
+    holds beside them, `activations.py` finds activations. `on_cpu` is about ranks on processors: what gloo copies is
+    added, and nothing is pinned.
     """
-    engine, training = recipe.engine, recipe.training
-    _require_covered(recipe)
-    sizes = num_parameters_of_blocks(build_table(recipe))
-    total, largest = sum(sizes.values()), max(size for name, size in sizes.items() if name)
-    num_shards = 1 if engine.kind == "single" else num_ranks // engine.num_replicas
-    share = FP32_BYTES * -(-total // num_shards)
-    micro_batch = training.micro_batch_size or training.batch_size // num_ranks
-    accumulates = micro_batch * num_ranks < training.batch_size
-    weight_bytes = 2 if training.precision == "bf16" else FP32_BYTES
-    weights, gradients, gathered = share, share, 0
-    if engine.kind == "single" and training.precision == "bf16":
-        gathered = weight_bytes * total  # autocast's copies live until the backward pass has used them
-    elif engine.kind == "fsdp":
-        kept = IN_FLIGHT * largest + sizes.get("", 0) if engine.reshard_after_forward else total
-        gathered = weight_bytes * kept + FP32_BYTES * IN_FLIGHT * largest
-        if accumulates:
-            gradients = FP32_BYTES * total  # whole until the last micro-batch: they are reduced once
-    elif engine.kind == "zero3":
-        weights += weight_bytes * -(-total // num_shards)  # what is gathered is a copy of the share
-        # Weights of one block more, which is fetched ahead, and the collective's copy of one (as measured with gloo).
-        # Gradients three times: in the bucket, in the order of the ranks that they go to, and the collective's copy.
-        gathered = (weight_bytes * (IN_FLIGHT + 2) + FP32_BYTES * 3) * largest
-    num_averages = len(training.ema_rates) + len(training.ema_power_stds)
-    return Memory(
-        weights=weights,
-        optimizer_state=len(optimizers.kind_of(recipe.optimizer).slots) * share,
-        averages=num_averages * share,
-        gradients=gradients,
-        gathered=gathered,
-        activations=micro_batch * activation_bytes(recipe, text_tokens),
+    sizes = Sizes.of(recipe, num_ranks, on_cpu)
+    micro_batch = recipe.training.micro_batch_size or recipe.training.batch_size // num_ranks
+    evaluated = recipe.validation.batch_size if recipe.validation else micro_batch
+    kept = activations(recipe, micro_batch, evaluated, text_tokens)
+    always = (*_states(sizes), *encoders.weights(recipe, num_ranks), *_staging(sizes))
+    batch = _batch_bytes(
+        recipe, recipe.training.batch_size // num_ranks if recipe.encoders else micro_batch, text_tokens
+    )
+    moments = [*moments_of(sizes, kept), *encoders.working(recipe, micro_batch)]
+    if recipe.validation:
+        moments.append(("validation", _validation(sizes, kept.evaluation)))
+    return Memory({name: (*always, Held("batch", batch), *items) for name, items in moments})
+
+
+def _states(sizes: Sizes) -> list[Held]:
+    engine, share = sizes.recipe.engine, sizes.share
+    items = [
+        sizes.held("weights", share, sizes.offloads),
+        sizes.held("optimizer state", _num_slots(sizes) * share, sizes.offloads),
+        sizes.held("averages", _num_averages(sizes) * share, sizes.offloads),
+    ]
+    if engine.kind in ("zero1", "zero2"):
+        items.append(Held("weights of the matrix products", sizes.weight_bytes * sizes.total))
+        if sizes.offloads:  # on their way to the device
+            items.append(Held("buffer for the weights", 0, share * sizes.weight_bytes // FP32_BYTES))
+    if engine.kind == "zero3":  # what is gathered is a copy of the share
+        copy = share * sizes.weight_bytes // FP32_BYTES
+        items.append(sizes.held("weights of the matrix products", copy, engine.cpu_offload == "all"))
+    return items
+
+
+def _staging(sizes: Sizes) -> list[Held]:
+    """The checkpoint's copy of this rank's state. Pinned memory comes in powers of two, for each tensor."""
+    if not sizes.recipe.checkpoints.asynchronous:
+        return []
+    copies = 1 + _num_slots(sizes) + _num_averages(sizes)
+    if sizes.on_cpu:
+        return [Held("copy for the checkpoint", 0, copies * sizes.share)]
+    parts = (sizes.part(math.prod(spec.shape)) for spec in build_table(sizes.recipe))
+    return [Held("copy for the checkpoint", 0, copies * sum(1 << (part - 1).bit_length() for part in parts))]
+
+
+def _validation(sizes: Sizes, activation_bytes: int) -> tuple[Held, ...]:
+    """A forward pass without gradients, with an average in place of the weights, which are kept meanwhile."""
+    gathered = Held("gathered weights", gathered_for_evaluation(sizes))
+    items = (gathered, Held("activations", activation_bytes))
+    if not _num_averages(sizes):
+        return items
+    return (
+        *items,
+        sizes.held("weights that averages stand in for", sizes.share, sizes.offloads),
     )
 
 
-def _require_covered(recipe: Recipe) -> None:
-    engine = recipe.engine
-    if engine.kind in ("zero1", "zero2"):
-        raise ValueError(f"the memory of engine.kind {engine.kind} is not predicted; it is for single, fsdp and zero3")
-    if engine.cpu_offload != "none":
-        raise ValueError("the memory of a device is not predicted with engine.cpu_offload; use none")
-    if engine.activation_checkpointing == "selective":
-        raise ValueError("activations are not predicted for selective checkpointing; they are for none, full and k")
+def _batch_bytes(recipe: Recipe, num_samples: int, text_tokens: int) -> int:
+    """Pictures, noise and features of the text, fp32."""
+    model = recipe.model
+    text, pooled = model.conditions.text_dim or 0, model.conditions.pooled_dim or 0
+    return FP32_BYTES * num_samples * (2 * model.in_channels * model.input_size**2 + text_tokens * text + pooled)
 
 
-def activation_bytes(recipe: Recipe, text_tokens: int) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass; it is run on tensors without memory.
-
-    What the loss keeps, a few times the size of a picture, is not counted. A checkpointed block keeps its inputs; one
-    at a time is computed again.
-    """
-    level = recipe.engine.activation_checkpointing
-    every = {"none": 0, "full": 1}.get(level, level) if isinstance(level, str) else level
-    saved, inputs = _saved_bytes(recipe.model, recipe.training.precision, text_tokens)
-    again = [index for index in inputs if every and index % int(every) == 0]
-    kept = sum(saved.values()) - sum(saved[index] - inputs[index] for index in again)
-    return kept + max((saved[index] for index in again), default=0)
+def _num_slots(sizes: Sizes) -> int:
+    return len(optimizers.kind_of(sizes.recipe.optimizer).slots)
 
 
-@cache
-def _saved_bytes(config: ModelConfig, precision: str, text_tokens: int) -> tuple[Mapping[int, int], Mapping[int, int]]:
-    """For one sample: bytes that the forward pass saves in each block (-1: outside of them), and of each's inputs."""
-    saved: Counter[int] = Counter()
-    inputs: dict[int, int] = {}
-    current = -1
-    seen: dict[int, Any] = {}  # storages are held, or another would get the address of one that is gone
-
-    def enter(index: int, arguments: tuple[Any, ...]) -> None:
-        nonlocal current
-        current = index
-        inputs[index] = sum(a.nbytes for a in arguments if isinstance(a, Tensor) and a.requires_grad and a.dim() == 3)
-
-    def leave() -> None:
-        nonlocal current
-        current = -1
-
-    def save(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage
-            saved[current] += storage.nbytes()
-        return value
-
-    with FakeTensorMode():
-        with _default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32):
-            model = models.build(config)
-        for tensor in (*model.parameters(), *model.buffers()):
-            seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        _watch(model, enter, leave)
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-            model(**_one_sample(config, text_tokens))
-    return saved, inputs
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are of `dtype`; tensors without memory cannot be cast afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _watch(model: nn.Module, enter: Any, leave: Any) -> None:
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        block.register_forward_pre_hook(lambda _, arguments, index=index: enter(index, arguments))
-        block.register_forward_hook(lambda *_: leave())
-
-
-def _one_sample(config: ModelConfig, text_tokens: int) -> dict[str, Tensor]:
-    """Arguments of the model for one sample."""
-    taken = config.conditions
-    columns = {
-        "labels": torch.tensor([0]),
-        "text": torch.zeros(1, text_tokens, taken.text_dim or 1),
-        "text_lengths": torch.tensor([text_tokens]),
-        "pooled": torch.zeros(1, taken.pooled_dim or 1),
-    }
-    x_BCHW = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
-    given = {name: columns[name] for name in taken.columns}
-    return {"x_BCHW": x_BCHW, "timestep_B": torch.zeros(1), **given}
+def _num_averages(sizes: Sizes) -> int:
+    training = sizes.recipe.training
+    return len(training.ema_rates) + len(training.ema_power_stds)

@@ -132,6 +132,9 @@ class Engine(Node):
     num_ranks: Annotated[PositiveInt, _ONE_COMMAND] = 1  # local processes that `megadit train` starts
     num_replicas: PositiveInt = 1  # fsdp: the model is sharded over ranks / replicas, gradients go over all (HSDP)
     reshard_after_forward: bool = True  # fsdp: free gathered weights before the backward pass gathers them again
+    # fsdp with several micro-batches: gradients are added up over ranks after each and kept as shards, or kept whole on
+    # every rank until the last, which takes 4 bytes a parameter and spares the other micro-batches their collectives.
+    accumulation: Literal["sharded", "whole"] = "sharded"
     # Which blocks compute their activations again in the backward pass: all, every k-th (k = 1 is all), or all of them
     # except the outputs of matrix products and attention (selective).
     activation_checkpointing: Literal["none", "selective", "full"] | PositiveInt = "none"
@@ -142,6 +145,8 @@ class Engine(Node):
     def _check(self) -> "Engine":
         if self.num_replicas > 1 and self.kind != "fsdp":
             raise ValueError(f"num_replicas {self.num_replicas} needs kind fsdp; {self.kind} has no replicas of shards")
+        if self.accumulation == "whole" and self.kind != "fsdp":
+            raise ValueError(f"accumulation whole needs kind fsdp; {self.kind} has one way to add up micro-batches")
         possible, reason = _OFFLOADS[self.kind]
         if self.cpu_offload not in possible:
             raise ValueError(f"cpu_offload {self.cpu_offload} is not possible with kind {self.kind}: {reason}")

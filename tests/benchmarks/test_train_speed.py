@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from megadit.benchmarks import synthetic
-from megadit.benchmarks.synthetic import Setting, synthetic_batch
+from megadit.benchmarks.synthetic import Setting
 from megadit.benchmarks.train_speed import parse_settings
 from megadit.cli import app
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe
 
 WITHOUT_DATA = "data.url=/absent"

@@ -64,6 +64,31 @@ def test_options_change_no_number(runs: dict[str, Any], plain: dict[str, Any]) -
                 assert rank["norms"][step] == pytest.approx(plain["norms"][step], rel=1e-4), option
 
 
+@pytest.mark.parametrize(("num_ranks", "num_replicas"), [(2, 1), (2, 2), (4, 2)])
+def test_gradients_of_micro_batches_are_kept_as_shards_or_whole(
+    num_ranks: int, num_replicas: int, tiny_recipe: Callable[..., Recipe], run_ranks: Callable, plain: dict[str, Any]
+) -> None:
+    """The curve is that of the single process without micro-batches, and the collectives are as the setting says."""
+    settings = ["engine.kind=fsdp", f"engine.num_ranks={num_ranks}", f"engine.num_replicas={num_replicas}"]
+    ways, num_micro_batches = ("sharded", "whole"), 2
+    settings += [f"training.micro_batch_size={16 // num_ranks // num_micro_batches}"]
+    jobs = [(tiny_recipe(*settings, f"engine.accumulation={way}"), None) for way in ways]
+    ranks = run_ranks("engine_steps.py", num_ranks, jobs=jobs, num_steps=STEPS, num_replicas=num_replicas)
+    for found in zip(*ranks, strict=True):
+        for step in range(STEPS):
+            losses = torch.cat([rank["losses"][step] for rank in found])
+            assert losses.tolist() == pytest.approx(plain["losses"][step].tolist(), rel=1e-4)
+        assert all(rank["norms"] == pytest.approx(plain["norms"], rel=1e-5) for rank in found)
+    units = 2 + 1  # the blocks, and what is in none
+    for sharded, whole in ranks:
+        for name, weights in sharded["states"][-1][0].items():
+            torch.testing.assert_close(weights, whole["states"][-1][0][name], rtol=1e-4, atol=1e-6)
+        if num_ranks > num_replicas:
+            assert sharded["collectives"]["_reduce_scatter_base_"] == STEPS * units * num_micro_batches
+            assert whole["collectives"]["_reduce_scatter_base_"] == STEPS * units
+        assert sharded["collectives"]["allreduce_"] == whole["collectives"]["allreduce_"]  # over replicas once a step
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_loss_that_is_not_finite_skips_the_step_on_every_rank(runs: dict[str, Any], precision: str) -> None:
     for found in runs[precision]:
@@ -128,6 +153,7 @@ def test_what_the_levels_compute_again(tiny_recipe: Callable[..., Recipe]) -> No
             ("engine.kind=fsdp", "engine.num_ranks=2", "engine.num_replicas=4"),
             "num_replicas 4 must divide num_ranks: 2",
         ),
+        (("engine.kind=zero2", "engine.accumulation=whole"), "accumulation whole needs kind fsdp; zero2 has one way"),
         (("engine.activation_checkpointing=0",), "greater than or equal to 1|at least 1|none"),
     ],
 )

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megadit import models
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import from_diffusers, to_diffusers
 from megadit.models.dit import DiT, DiTConfig
 from megadit.models.dit.diffusers import use_published_timesteps
-from megadit.models.dit.model import num_flops
 
 CONFIGS = {
     "published timesteps": DiTConfig(input_size=8, in_channels=4, patch_size=2, width=64, depth=2, head_dim=16),
@@ -162,4 +162,4 @@ def test_num_flops_is_what_runs(config: DiTConfig) -> None:
     x, timestep, labels = random_batch(config, batch=1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         DiT(config)(x, timestep, labels=labels)
-    assert num_flops(config, num_text_tokens=0) == counter.get_total_flops()
+    assert models.num_flops(config, 0) == counter.get_total_flops()

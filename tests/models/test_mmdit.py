@@ -205,5 +205,5 @@ def test_other_aspect_ratios_equal_diffusers(height: int, width: int) -> None:
 def test_num_flops_is_what_runs(config: MMDiTConfig) -> None:
     x, t, conditions = random_batch(config, batch=1, length=7)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        MMDiT(config)(x, t, **conditions)
+        MMDiT(config)(x, t, **conditions, return_features=config.repa is not None)
     assert models.num_flops(config, 7) == counter.get_total_flops()

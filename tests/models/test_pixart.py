@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megadit import models
 from megadit.interop.diffusers import peer
 from megadit.interop.layouts import from_diffusers, to_diffusers
 from megadit.models.pixart import PixArt, PixArtConfig
-from megadit.models.pixart.model import num_flops
 
 CONFIGS = {
     "latents": PixArtConfig(
@@ -217,4 +217,4 @@ def test_num_flops_is_what_runs(config: PixArtConfig) -> None:
     x, timestep, text = random_batch(config, batch=1, length=7)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         PixArt(config)(x, timestep, text=text, text_lengths=torch.tensor([4]))
-    assert num_flops(config, 7) == counter.get_total_flops()
+    assert models.num_flops(config, 7) == counter.get_total_flops()

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megadit.models import FAMILIES, Conditions, Family, ModelConfig
+from megadit.models import FAMILIES, Conditions, Family, ForwardFlops, ModelConfig
 from megadit.models.layers import (
     MLP,
     SINUSOID_CHANNELS,
@@ -65,10 +65,11 @@ class ToyBlock(nn.Module):
         return x_BTD + self.mlp(modulate(x_BTD, shift_B1D, torch.zeros_like(shift_B1D)))
 
 
-def num_flops(config: ToyConfig, num_text_tokens: int) -> int:
+def forward_flops(config: ToyConfig, num_text_tokens: int) -> ForwardFlops:
     D, T, F = config.width, config.num_patches, config.in_channels * config.patch_size**2
     block = D * D + T * D * D * (1 + 2 * config.mlp_ratio)
-    return 2 * (T * F * D + (SINUSOID_CHANNELS + D) * D + config.depth * block + T * D * F)
+    first_layers = (T * F + SINUSOID_CHANNELS) * D
+    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + T * D * F), 2 * first_layers, 0)
 
 
 _RULES: Rules = {"out.weight": ZERO, "kinds.weight": N_002, "*.weight": FAN_IN, "*.bias": ZERO}
@@ -78,7 +79,7 @@ FAMILIES.add(
     Family(
         config=ToyConfig,
         build=ToyMixer,
-        num_flops=num_flops,
+        forward_flops=forward_flops,
         initial=dict.fromkeys(("mup, paper", "mup, zero", "sp"), _RULES),
         readout="out",
         presets={"Toy-32": {"width": 32, "depth": 2}},

@@ -8,10 +8,10 @@ import psutil
 import pytest
 import torch
 
-from megadit.benchmarks.synthetic import synthetic_batch
 from megadit.distributed import ALONE, Axis, Topology
 from megadit.parametrization.table import build_table
 from megadit.planning.flops import training_flops
+from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, plan
 from megadit.training import peak_memory
 from megadit.training.reporter import banner

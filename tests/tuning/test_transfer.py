@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from megadit import models, recipe as recipes
+from megadit import recipe as recipes
 from megadit.parametrization import base_shapes
+from megadit.planning.flops import training_flops
 from megadit.recipe import load
 from megadit.tuning.curve import Curve, Divergence
 from megadit.tuning.optimum import read_curves
@@ -206,10 +207,10 @@ def test_the_cost_is_that_of_all_steps_of_all_trials(swept: Path, tiny_yaml: Pat
     transfer([swept], str(tiny_yaml), tmp_path / "out.yaml")
     spent = 0
     for trial in Study(swept).trials():
-        flops = models.num_flops(trial.recipe.model, 120)  # the longest caption that MiniLM's data may have
+        flops = training_flops(trial.recipe.model, [120])  # the longest caption that MiniLM's data may have
         spent += len(Curve.read(trial.run).losses) * 16 * flops
     found = provenance(tmp_path / "out.yaml")
-    assert found["cost_fraction"] == pytest.approx(spent / (320 * models.num_flops(load(tiny_yaml).model, 120)))
+    assert found["cost_fraction"] == pytest.approx(spent / (320 * training_flops(load(tiny_yaml).model, [120])))
     assert found["git_revisions"]
 
 

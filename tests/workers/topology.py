@@ -9,7 +9,7 @@ from megadit.distributed import process_group
 
 def main(num_replicas: int) -> dict[str, Any]:
     with process_group(needed=True, num_replicas=num_replicas) as topology:
-        mesh = topology.mesh()
+        mesh = topology.mesh
         return {
             "replicate": topology.replicate,
             "shard": topology.shard,

@@ -3,7 +3,7 @@
 from megadit.models.diffusers_format import DiffusersFormat
 from megadit.models.dit.config import PRESETS, DiTConfig
 from megadit.models.dit.initialisation import RULES
-from megadit.models.dit.model import DiT, num_flops
+from megadit.models.dit.model import DiT, forward_flops
 from megadit.models.family import Family
 
 __all__ = ["DIT", "DiT", "DiTConfig"]
@@ -18,7 +18,7 @@ def _diffusers() -> DiffusersFormat:
 DIT = Family(
     config=DiTConfig,
     build=DiT,
-    num_flops=num_flops,
+    forward_flops=forward_flops,
     initial=RULES,
     readout="final_layer.linear",
     presets=PRESETS,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.models.dit.config import DiTConfig
+from megadit.models.family import ForwardFlops
 from megadit.models.layers import (
     MLP,
     SINUSOID_CHANNELS,
@@ -111,13 +112,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x_BTD, shift, scale))
 
 
-def num_flops(config: DiTConfig, num_text_tokens: int) -> int:
-    """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two.
+def forward_flops(config: DiTConfig, num_text_tokens: int) -> ForwardFlops:
+    """What one sample takes, with attention as a product of all pairs of tokens.
 
     There is no text: `num_text_tokens` has no influence.
     """
     D, T, p = config.width, (config.input_size // config.patch_size) ** 2, config.patch_size
     block = T * (4 + 2 * config.mlp_ratio) * D * D + 2 * T * T * D + 6 * D * D
-    embeddings = T * config.in_channels * p * p * D + (SINUSOID_CHANNELS + D) * D
+    attention = 4 * config.depth * T * T * D
+    first_layers = T * config.in_channels * p * p * D + SINUSOID_CHANNELS * D
     final = 2 * D * D + T * D * config.out_channels * p * p
-    return 2 * (config.depth * block + embeddings + final)
+    return ForwardFlops((2 * block,) * config.depth, 2 * (first_layers + D * D + final), 2 * first_layers, attention)

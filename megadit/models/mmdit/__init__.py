@@ -4,7 +4,7 @@ from megadit.models.diffusers_format import DiffusersFormat
 from megadit.models.family import Family
 from megadit.models.mmdit.config import PRESETS, MMDiTConfig, RepaHeadConfig
 from megadit.models.mmdit.initialisation import RULES
-from megadit.models.mmdit.model import MMDiT, num_flops
+from megadit.models.mmdit.model import MMDiT, forward_flops
 
 __all__ = ["MMDIT", "MMDiT", "MMDiTConfig", "RepaHeadConfig"]
 
@@ -18,7 +18,7 @@ def _diffusers() -> DiffusersFormat:
 MMDIT = Family(
     config=MMDiTConfig,
     build=MMDiT,
-    num_flops=num_flops,
+    forward_flops=forward_flops,
     initial=RULES,
     readout="readout",
     presets=PRESETS,

@@ -1,7 +1,7 @@
 """The `model` section of an MMDiT, and the presets of the paper."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -30,6 +30,13 @@ class MMDiTConfig(ModelConfig):
         if self.repa and self.repa.block > self.depth:
             raise ValueError(f"repa.block {self.repa.block} must be at most depth {self.depth}")
         return self
+
+    def with_depth(self, depth: int) -> Self:
+        """The same model of so many blocks; of those after the head of REPA, two stay where there are as many."""
+        if self.repa is None:
+            return self.model_copy(update={"depth": depth})
+        block = max(1, depth - min(self.depth - self.repa.block, 2))
+        return self.model_copy(update={"depth": depth, "repa": self.repa.model_copy(update={"block": block})})
 
     @property
     def feature_dim(self) -> int | None:

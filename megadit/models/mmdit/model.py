@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megadit.kernels.attention import attention
 from megadit.kernels.joint_qkv import joint_qkv
+from megadit.models.family import ForwardFlops
 from megadit.models.layers import (
     MLP,
     SINUSOID_CHANNELS,
@@ -196,15 +197,23 @@ def unpatchify(x_BTF: Tensor, channels: int, patch_size: int, grid: tuple[int, i
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, grid[0] * patch_size, grid[1] * patch_size)
 
 
-def num_flops(config: MMDiTConfig, num_text_tokens: int) -> int:
-    """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two."""
+def forward_flops(config: MMDiTConfig, num_text_tokens: int) -> ForwardFlops:
+    """What one sample takes whose caption has so many tokens, with attention as a product of all pairs.
+
+    REPA's head counts where there is one: training runs it, sampling does not.
+    """
     D, T, L = config.width, (config.input_size // config.patch_size) ** 2, num_text_tokens
     patch_features = config.in_channels * config.patch_size**2
     stream_per_token = (4 + 2 * config.mlp_ratio) * D * D
     block = (T + L) * stream_per_token + 2 * (T + L) ** 2 * D + 12 * D * D
     idle_in_last = L * (stream_per_token - 3 * D * D) + 4 * D * D  # the text stream ends there
-    embeddings = (
-        T * patch_features * D + L * config.text_dim * D + (SINUSOID_CHANNELS + D) * D + (config.pooled_dim + D) * D
-    )
+    first_layers = (T * patch_features + L * config.text_dim + SINUSOID_CHANNELS + config.pooled_dim) * D
+    second_layers = 2 * D * D  # of time and of the pooled text
     final = 2 * D * D + T * D * patch_features
-    return 2 * (config.depth * block - idle_in_last + embeddings + final)
+    repa_head = T * (2 * D * D + D * config.repa.feature_dim) if config.repa else 0
+    return ForwardFlops(
+        blocks=(2 * block,) * (config.depth - 1) + (2 * (block - idle_in_last),),
+        outside=2 * (first_layers + second_layers + final + repa_head),
+        first_layers=2 * first_layers,
+        attention=4 * config.depth * (T + L) ** 2 * D,
+    )

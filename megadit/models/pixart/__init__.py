@@ -4,7 +4,7 @@ from megadit.models.diffusers_format import DiffusersFormat
 from megadit.models.family import Family
 from megadit.models.pixart.config import PRESETS, PixArtConfig
 from megadit.models.pixart.initialisation import RULES
-from megadit.models.pixart.model import PixArt, num_flops
+from megadit.models.pixart.model import PixArt, forward_flops
 
 __all__ = ["PIXART", "PixArt", "PixArtConfig"]
 
@@ -18,7 +18,7 @@ def _diffusers() -> DiffusersFormat:
 PIXART = Family(
     config=PixArtConfig,
     build=PixArt,
-    num_flops=num_flops,
+    forward_flops=forward_flops,
     initial=RULES,
     readout="final_layer.linear",
     tables=("scale_shift_table",),

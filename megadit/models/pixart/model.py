@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.kernels.attention import attention
+from megadit.models.family import ForwardFlops
 from megadit.models.layers import (
     MLP,
     SINUSOID_CHANNELS,
@@ -148,11 +149,17 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x_BTD, shift, scale))
 
 
-def num_flops(config: PixArtConfig, num_text_tokens: int) -> int:
-    """Floating-point operations of the matrix products of one sample's forward pass; a multiply-add counts as two."""
+def forward_flops(config: PixArtConfig, num_text_tokens: int) -> ForwardFlops:
+    """What one sample takes whose caption has so many tokens, with attention as a product of all pairs."""
     D, T, L, p = config.width, (config.input_size // config.patch_size) ** 2, num_text_tokens, config.patch_size
     self_attention_and_mlp = T * (4 + 2 * config.mlp_ratio) * D * D + 2 * T * T * D
     cross_attention = (2 * T + 2 * L) * D * D + 2 * T * L * D
-    embeddings = T * config.in_channels * p * p * D + (SINUSOID_CHANNELS + D) * D + L * (config.text_dim + D) * D
+    first_layers = T * config.in_channels * p * p * D + SINUSOID_CHANNELS * D + L * config.text_dim * D
+    second_layers = D * D + 6 * D * D + L * D * D  # of time, of the modulation, of text
     final = T * D * config.out_channels * p * p
-    return 2 * (config.depth * (self_attention_and_mlp + cross_attention) + 6 * D * D + embeddings + final)
+    return ForwardFlops(
+        blocks=(2 * (self_attention_and_mlp + cross_attention),) * config.depth,
+        outside=2 * (first_layers + second_layers + final),
+        first_layers=2 * first_layers,
+        attention=4 * config.depth * T * (T + L) * D,
+    )

@@ -1,0 +1,87 @@
+"""What `megadit plan` and `megadit recipe table` do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.files import write_text
+from megadit.planning import nearest, plan_report
+from megadit.planning.machine.assumptions import Assumptions
+from megadit.planning.markdown import markdown
+from megadit.planning.run_plan import Plan, machine_of, plan
+from megadit.planning.trace import Figure, compare
+from megadit.recipe import RECIPE_FOLDER, Recipe, load
+from megadit.recipe.schema import Hardware
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What to print, and whether the recipe fits as it is."""
+
+    text: str
+    tree: dict[str, Any]
+    fits: bool
+
+
+def plan_recipe(
+    source: str,
+    overrides: Sequence[str],
+    asked: Mapping[str, Any],
+    assume: Sequence[str],
+    fastest: bool,
+    trace: bool,
+    out: Path | None,
+) -> Planned:
+    """Plan `source` with `overrides` on the machine that `asked` names, or the recipe. Raises ValueError."""
+    assumed = Assumptions.parse(assume)
+    hardware = machine_of(load(source, [each for each in overrides if each.startswith("hardware")]), **asked)
+    settings = [f"hardware.{key}={value}" for key, value in hardware.model_dump().items()]
+    recipe = load(source, [*overrides, *settings])
+    planned = plan(recipe, hardware, assumed)
+    blocks = [plan_report.as_text(planned, recipe.name)]
+    tree = plan_report.as_tree(planned)
+    if planned.problems() or fastest or out:
+        found = _other_settings(planned, fastest, assumed)
+        blocks.append(_say_found(found, fastest, hardware))
+        tree["found"] = None if found is None else {"changes": found.changes, **plan_report.as_tree(found.plan)}
+        if out is not None:
+            if found is None:
+                raise ValueError(f"{out} is not written: {blocks[-1]}")
+            write_text(out, plan_report.as_recipe(found, source, overrides, hardware))
+            blocks.append(f"wrote {out}")
+    if trace:
+        rows = _trace(recipe, hardware, assumed)
+        blocks.append(plan_report.trace_as_text(rows))
+        tree["trace"] = [vars(row) | {"difference": row.difference} for row in rows]
+    return Planned("\n\n".join([*blocks, plan_report.assumptions_as_text(planned)]), tree, planned.fits)
+
+
+def table_of_recipes() -> str:
+    """Markdown: each shipped recipe that names a machine, on it."""
+    rows = []
+    for path in sorted(RECIPE_FOLDER.glob("*.yaml")):
+        recipe = load(path.stem)
+        if recipe.hardware is not None:
+            planned = plan(recipe, machine_of(recipe, None, None, None), Assumptions())
+            rows.append((planned.num_parameters, plan_report.as_row(planned, path.stem)))
+    return markdown(plan_report.TABLE_HEADER, [row for _, row in sorted(rows)])
+
+
+def _other_settings(planned: Plan, fastest: bool, assumed: Assumptions) -> nearest.Found | None:
+    if not fastest and not planned.problems():
+        return nearest.Found(planned, {})
+    look = nearest.fastest if fastest else nearest.nearest
+    return look(planned.recipe, planned.hardware, assumed)
+
+
+def _say_found(found: nearest.Found | None, fastest: bool, hardware: Hardware) -> str:
+    if found is None:
+        return f"no settings fit {plan_report.describe(hardware)}: take more GPUs, or larger ones"
+    kind = "the fastest settings" if fastest else "the nearest settings that fit"
+    still = "".join(f"\n  {problem}" for problem in found.plan.problems())
+    return f"{kind}: {plan_report.found_as_text(found)}{still}"
+
+
+def _trace(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> list[Figure]:
+    return compare(recipe, hardware.num_gpus, int(assumed.text_tokens))
