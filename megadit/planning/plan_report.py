@@ -1,15 +1,17 @@
 """A plan as text, as JSON, as a row of a table, and as a recipe."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megadit.planning.machine.assumptions import Assumptions
 from megadit.planning.nearest import Found
 from megadit.planning.run_plan import GIB, Plan
 from megadit.planning.trace import Figure
-from megadit.recipe import differences, load
+from megadit.recipe import Recipe, differences, load
 from megadit.recipe.schema import Hardware
 
 
@@ -24,9 +26,9 @@ def as_text(plan: Plan, name: str) -> str:
     return "\n\n".join([*blocks, _verdict(plan)])
 
 
-def assumptions_as_text(plan: Plan) -> str:
-    """What the plan takes for granted, and why."""
-    rows = [(name, f"{value:g}", why) for name, value, why in plan.assumed.rows()]
+def assumptions_as_text(assumed: Assumptions) -> str:
+    """What plans take for granted, and why."""
+    rows = [(name, f"{value:g}", why) for name, value, why in assumed.rows()]
     return _lines("assumed (--assume NAME=VALUE)", rows)
 
 
@@ -81,23 +83,35 @@ def as_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def as_recipe(found: Found, source: str, overrides: Sequence[str], hardware: Hardware) -> str:
-    """A recipe file that extends `source` by what the overrides and the planner changed."""
-    here = found.plan.recipe.model_copy(update={"hardware": hardware})
+def as_recipe(found: Sequence[Found], source: str, overrides: Sequence[str], recipe: Recipe, hardware: Hardware) -> str:
+    """A recipe file that extends `source` by what the overrides and the planner changed; `found` for each stage."""
     tree: dict[str, Any] = {}
-    for key, (_, value) in differences(load(source), here).items():
-        node = tree
-        *sections, leaf = key.split(".")
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
+    for key, (_, value) in differences(load(source), recipe).items():
+        _put(tree, key, value)
+    if recipe.stages:
+        tree["stages"] = [_changed(stage, each.changes) for stage, each in zip(recipe.stages, found, strict=True)]
+    else:
+        for key, value in found[0].changes.items():
+            _put(tree, key, value)
     shipped = Path(source).suffix not in (".yaml", ".yml")
     parent = source if shipped else str(Path(source).resolve())
     header = f"# By `megadit plan {' '.join([source, *overrides])}` for {describe(hardware)}.\n"
-    tree.pop("hardware", None)
-    return header + yaml.safe_dump(
-        {"extends": parent, "name": here.name, **tree, "hardware": hardware.model_dump()}, sort_keys=False
-    )
+    tree |= {"hardware": hardware.model_dump()}
+    return header + yaml.safe_dump({"extends": parent, "name": recipe.name, **tree}, sort_keys=False)
+
+
+def _changed(stage: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    tree = copy.deepcopy(dict(stage))
+    for key, value in changes.items():
+        _put(tree, key, value)
+    return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[leaf] = value
 
 
 def trace_as_text(rows: Sequence[Figure]) -> str:
@@ -154,7 +168,8 @@ def _of_run(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _of_memory(plan: Plan) -> list[tuple[str, ...]]:
-    rows = [(item.name, f"{item.device_bytes / GIB:.2f} GiB") for item in plan.memory.items if item.device_bytes]
+    held = [item for item in plan.memory.items if item.device_bytes]
+    rows: list[tuple[str, ...]] = [(item.name, f"{item.device_bytes / GIB:.2f} GiB") for item in held]
     rows.append(("reserved", f"{plan.reserved_gib:.2f} GiB"))
     rows.append(("together", f"{plan.needed_gib:.2f} GiB of {plan.gpu.memory_gib:.1f}"))
     if plan.memory.host_peak:

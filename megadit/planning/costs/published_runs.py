@@ -7,6 +7,7 @@ many GPUs they had, or whose products are in FP8.
 
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from megadit.planning.costs.roof import Work, micro_batch_work, moved_bytes
 from megadit.planning.machine.assumptions import Assumptions
@@ -74,8 +75,22 @@ def _dit_xl(*, compiled: bool, again: float = 0.0) -> Work:
 
 def published() -> list[Published]:
     """The runs."""
-    llama = {"params": 8.03e9 - 0.53e9, "width": 4096, "depth": 32, "head_dim": 128, "length": 8192, "causal": True}
-    wan = {"params": 14.0e9, "width": 5120, "depth": 40, "head_dim": 128, "length": 37_440, "again": 1.0}
+    llama: dict[str, Any] = {
+        "params": 8.03e9 - 0.53e9,
+        "width": 4096,
+        "depth": 32,
+        "head_dim": 128,
+        "length": 8192,
+        "causal": True,
+    }
+    wan: dict[str, Any] = {
+        "params": 14.0e9,
+        "width": 5120,
+        "depth": 40,
+        "head_dim": 128,
+        "length": 37_440,
+        "again": 1.0,
+    }
     wan_flops = 6 * 14.0e9 + 12 * 37_440 * 5120 * 40  # of a token, as NeMo counts TFLOP/s: without recomputation
     titan = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
     nemo = "NeMo DFM, docs/performance-summary.md"
