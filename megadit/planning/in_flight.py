@@ -193,8 +193,9 @@ def _zero2(sizes: Sizes, kept: Activations) -> Iterator[Moment]:
     copies = 2 if fp32 and sizes.accumulates else 1  # in fp32, what has been added up and what is to be added
     width = FP32_BYTES if fp32 else 2 * sizes.weight_bytes + FP32_BYTES
     bucket = Held("gradients in flight", (width + sizes.copied) * sizes.bucket)
-    for index, activations, _ in sizes.backward(kept):
-        yield f"backward, block {index}", (_partition(sizes, copies * sizes.share), bucket, activations)
+    for index, activations, done in sizes.backward(kept):
+        there = copies * sizes.share if done or sizes.accumulates else 0  # taken whole by the first bucket
+        yield f"backward, block {index}", (_partition(sizes, there), bucket, activations)
     yield from _update(sizes, (2 if fp32 else 1) * sizes.share)
 
 
