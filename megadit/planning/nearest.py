@@ -20,6 +20,7 @@ KEYS = (
     "engine.num_replicas",
     "engine.accumulation",
     "engine.cpu_offload",
+    "validation.batch_size",
 )
 
 
@@ -88,6 +89,8 @@ def _with_largest_micro_batch(
         middle = (low + high) // 2
         training = recipe.training.model_copy(update={"micro_batch_size": sizes[middle]})
         planned = plan(recipe.model_copy(update={"engine": engine, "training": training}), hardware, assumed)
+        if not planned.fits and planned.memory.moment == "validation":
+            planned = plan(_validated_in_small(planned.recipe), hardware, assumed)
         if planned.fits:
             low, found = middle + 1, planned
         else:
@@ -95,12 +98,19 @@ def _with_largest_micro_batch(
     return None if found is None else Found(found, _changes(recipe, found.recipe, samples))
 
 
+def _validated_in_small(recipe: Recipe) -> Recipe:
+    """With batches no larger than those that are trained on."""
+    assert recipe.validation is not None
+    size = min(recipe.validation.batch_size, recipe.training.micro_batch_size or recipe.training.batch_size)
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"batch_size": size})})
+
+
 def _changes(there: Recipe, here: Recipe, samples: int) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     accumulates = here.training.micro_batch_size != samples
     for key in KEYS:
         section, name = key.split(".")
-        old, new = getattr(getattr(there, section), name), getattr(getattr(here, section), name)
+        old, new = (getattr(getattr(recipe, section), name, None) for recipe in (there, here))
         if name == "micro_batch_size":
             old = old or samples
         if name == "accumulation" and not accumulates:
