@@ -115,7 +115,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(
         "extends: pixart-mup\nname: large\nmodel: {depth: 4}\n"
         "parametrization: {base_shapes: null, base_width: 288}\n"
-        "training: {batch_size: 45056, num_images: 45056000}\nengine: {num_ranks: 4}\n"
+        "training: {batch_size: 45056, num_images: 45056000, micro_batch_size: null}\nengine: {num_ranks: 4}\n"
         "hardware: {gpu: h100, num_nodes: 1, gpus_per_node: 4}\n"
     )
     return path
