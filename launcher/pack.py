@@ -17,6 +17,7 @@ def pack(
     text: str | None,
     max_tokens: int,
     vae: str | None,
+    features: str | None,
     num_ranks: int,
     bars: Bars,
     say: Callable[[str], object],
@@ -24,6 +25,7 @@ def pack(
     """Pack the source that is called `source`; returns the exit code.
 
     text: `minilm` or the folder of a text encoder, None for captions alone. vae: the folder of an autoencoder.
+    features: the folder of an image encoder.
     bars: those of rank 0. say: gets the outcome. The ranks that are started get this process's command line.
     Raises ValueError for what cannot be packed.
     """
@@ -35,17 +37,20 @@ def pack(
         from megadit.data.encoders.text_encoder import TextEncoder
         from megadit.data.packing.pack import pack as pack_share
         from megadit.data.packing.sources import open_source
+        from megadit.objectives.image_encoder import ImageEncoder
 
         device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         dtype = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32
         text_encoder = None if text is None else TextEncoder.load(text, max_tokens, device, dtype)
         autoencoder = None if vae is None else Autoencoder.load(vae, device, dtype)
+        image_encoder = None if features is None else ImageEncoder.load(features, device, dtype)
         packed = pack_share(
             open_source(source),
             destination,
             settings,
             text_encoder,
             autoencoder,
+            image_encoder,
             rank=ranks.rank,
             world_size=ranks.world_size,
             bars=bars if ranks.rank == 0 else no_bars,

@@ -21,7 +21,7 @@ class Sample:
     """One picture with its draws: image and noise float32 [C, H, W], the uniforms in [0, 1); label: its class or 0.
 
     noise: [0] where it is to be drawn later; caption: where it has one and no features; replaced: whether another
-    sample's contents took its place.
+    sample's contents took its place; features and pixels: of the batch, [0, 0] and [0] where there are none.
     """
 
     image: Tensor
@@ -34,11 +34,15 @@ class Sample:
     epoch: int
     sample: int
     replaced: bool
+    features: Tensor
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
     """B samples; C, H, W of what the model sees, L tokens of the longest caption, D and P features.
+
+    Features of the picture and its pixels beside latents are there where the objective needs them (REPA).
 
     images           float32 [B, C, H, W]: pixels in [-1, 1], or latents, shifted and scaled
     text             float32 [B, L, D], zero after each caption's end; L and D are 0 where there are no features
@@ -50,6 +54,9 @@ class Batch:
     drop_uniform     float32 [B] in [0, 1); 1 where the caption is never dropped
     epoch, sample    int64 [B]; `sample` is the place in the manifest
     replaced         int64 [B], 1 where the sample is corrupt and another one's contents are in its place
+    features         float32 [B, T, F], of an image encoder, for each of T image tokens; [B, 0, 0] where there are none
+    pixels           float32 [B, 3, H, W] in [-1, 1], of pictures whose images are latents and whose features are yet to
+                     be made; otherwise [B, 0]
     captions         B texts where the data set has captions and no features of them; otherwise none
     """
 
@@ -64,6 +71,8 @@ class Batch:
     epoch: Tensor
     sample: Tensor
     replaced: Tensor
+    features: Tensor
+    pixels: Tensor
     captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -107,6 +116,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         epoch=torch.tensor([sample.epoch for sample in samples]),
         sample=torch.tensor([sample.sample for sample in samples]),
         replaced=torch.tensor([int(sample.replaced) for sample in samples]),
+        features=torch.stack([sample.features for sample in samples]),
+        pixels=torch.stack([sample.pixels for sample in samples]),
         captions=tuple(sample.caption for sample in samples if sample.caption is not None),
     )
 

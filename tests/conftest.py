@@ -127,13 +127,19 @@ def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def repa(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of the tiny recipe: REPA against a tiny DINOv2 with random weights, with weight 0.25."""
+def repa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny DINOv2 with random weights, of 24 features."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoders") / "dinov2"
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
     Dinov2Model(Dinov2Config(**sizes, initializer_range=0.2)).save_pretrained(folder)
-    return [f"objective.repa={{encoder: {folder}, weight: 0.25}}", "model.repa={block: 1, feature_dim: 24}"]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repa(repa_folder: Path) -> list[str]:
+    """Overrides of the tiny recipe: REPA against that, with weight 0.25."""
+    return [f"objective.repa={{encoder: {repa_folder}, weight: 0.25}}", "model.repa={block: 1, feature_dim: 24}"]
 
 
 @pytest.fixture(scope="session")

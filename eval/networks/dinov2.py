@@ -13,7 +13,7 @@ from transformers import Dinov2Model
 
 from megadit.eval.resize import Pixels
 from megadit.eval.weights import load_folder
-from megadit.objectives.repa import PIXEL_MEAN, PIXEL_STD
+from megadit.objectives.image_encoder import PIXEL_MEAN, PIXEL_STD
 
 INPUT_SIZE = 224
 POSITION_OFFSET = 0.1

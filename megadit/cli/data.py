@@ -38,6 +38,16 @@ def data_pack(
         Literal["moments", "sample"], typer.Option(help="moments (mean and std), or one sample of each.")
     ] = "moments",
     latent_dtype: Annotated[Literal["float16", "bfloat16"], typer.Option(help="float16 or bfloat16.")] = "float16",
+    features: Annotated[
+        str | None,
+        typer.Option(help="Folder of a DINOv2 of transformers: pack its features of the pictures, too (REPA)."),
+    ] = None,
+    feature_dtype: Annotated[
+        Literal["bfloat16", "int8"], typer.Option(help="bfloat16, or int8 with a scale for each token.")
+    ] = "bfloat16",
+    feature_grid: Annotated[
+        int | None, typer.Option(min=1, help="Image tokens of the model a side; default: pixels / 16.")
+    ] = None,
     keep_pictures: Annotated[bool, typer.Option(help="Whether latents are packed with their pictures.")] = True,
     picture_format: Annotated[Literal["png", "jpg"], typer.Option(help="png, or jpg (quality 95).")] = "png",
     encoder_precision: Annotated[
@@ -55,9 +65,10 @@ def data_pack(
 ) -> None:
     """Pack images and captions into WebDataset shards with a manifest.
 
-    Captions (and with --vae images) are encoded here, once. The same arguments give the same bytes, on any number of
-    ranks; shards that are there already are left as they are, and a different data set at DESTINATION is an error. The
-    manifest is written last, so half a pack is never read. Started by torchrun or srun, ranks share the shards, too.
+    Captions (with --vae and --features images, too) are encoded here, once. The same arguments give the same bytes, on
+    any number of ranks; shards that are there already are left as they are, and a different data set at DESTINATION is
+    an error. The manifest is written last, so half a pack is never read. Started by torchrun or srun, ranks share the
+    shards, too.
 
     \b
     Examples:
@@ -65,6 +76,8 @@ def data_pack(
       megadit data pack photos/ /data/photos --size 256 --text /models/t5
       torchrun --nproc-per-node 8 -m -- megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
         --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae --no-keep-pictures
+      megadit data pack s3://me/sa1b s3://me/aligned --size 256 --text /models/t5-v1_1-xxl --text-dtype int8 \\
+        --vae /models/sd3-vae --features /models/dinov2-base --feature-dtype int8 --no-keep-pictures
     """
     from megadit.data.packing.settings import PackSettings
     from megadit.launcher.pack import pack
@@ -82,6 +95,8 @@ def data_pack(
         latents=latents,
         latent_dtype=latent_dtype,
         text_dtype=text_dtype,
+        feature_dtype=feature_dtype,
+        feature_grid=feature_grid,
         encoder_precision=encoder_precision,
     )
     code = pack(
@@ -91,6 +106,7 @@ def data_pack(
         text=None if no_text else text,
         max_tokens=max_tokens,
         vae=vae,
+        features=features,
         num_ranks=num_ranks,
         bars=progress_bar,
         say=print,

@@ -20,9 +20,14 @@ def kind_of(config: ObjectiveConfig) -> ObjectiveKind:
     return OBJECTIVES.get(config.kind)
 
 
-def build(config: ObjectiveConfig, model: ModelConfig, device: torch.device) -> Objective:
-    """The objective of a recipe. Raises ValueError where a pretrained encoder that it needs cannot be loaded."""
-    return kind_of(config).build(config, model, device)
+def build(
+    config: ObjectiveConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Objective:
+    """The objective of a recipe, whose frozen encoders compute in `dtype`.
+
+    Raises ValueError where a pretrained encoder that it needs cannot be loaded.
+    """
+    return kind_of(config).build(config, model, device, dtype)
 
 
 def sampler_names() -> list[str]:

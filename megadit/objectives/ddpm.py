@@ -56,7 +56,9 @@ class DDPMObjective(ObjectiveConfig):
 class DDPM:
     """The objective `ddpm`. Tables over timesteps are computed in float64 and kept in float32."""
 
-    def __init__(self, objective: DDPMObjective, config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, objective: DDPMObjective, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._condition_dropout = objective.condition_dropout
         self._model = config
         beta_T = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)

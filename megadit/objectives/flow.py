@@ -32,7 +32,7 @@ class RepaLoss(Node):
     """Alignment with a pretrained image encoder (arXiv 2410.06940); the model needs `model.repa`, too."""
 
     weight: Annotated[Power, Field(ge=0), STAGE] = 0.5
-    encoder: str  # folder of a transformers DINOv2 model
+    encoder: str | None = None  # folder of a transformers DINOv2 model, for data that has no features of it
 
 
 class FlowObjective(ObjectiveConfig):
@@ -59,6 +59,10 @@ class FlowObjective(ObjectiveConfig):
         return None if self.repa is None else "objective.repa"
 
     @property
+    def needs_features(self) -> str | None:
+        return self.needs_squares
+
+    @property
     def image_encoder(self) -> str | None:
         return None if self.repa is None else self.repa.encoder
 
@@ -70,14 +74,14 @@ class FlowObjective(ObjectiveConfig):
 class Flow:
     """The objective `flow`, with the alignment loss of REPA where the recipe asks for it."""
 
-    def __init__(self, objective: FlowObjective, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, objective: FlowObjective, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._objective = objective
         self._model = config
         self._alignment = None
         if objective.repa is not None:
             from megadit.objectives.repa import Alignment
 
-            self._alignment = Alignment(objective.repa.encoder, config, device)
+            self._alignment = Alignment(objective.repa.encoder, config, device, dtype)
 
     def timesteps(self, uniform_B: Tensor) -> Tensor:
         """Logit-normal: t = sigmoid(mean + std * normal quantile)."""
@@ -96,7 +100,7 @@ class Flow:
             return Losses(velocity_B, {"velocity": velocity_B})
         assert self._objective.repa is not None
         prediction, features_BTF = model(noisy, timestep_B, **conditions, return_features=True)
-        alignment_B = self._alignment.losses(features_BTF, batch.images)
+        alignment_B = self._alignment.losses(features_BTF, batch)
         velocity_B = _squared_error(prediction, self.targets(batch))
         total_B = velocity_B + self._objective.repa.weight * alignment_B
         return Losses(total_B, {"velocity": velocity_B, "alignment": alignment_B})

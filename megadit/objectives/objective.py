@@ -45,8 +45,13 @@ class ObjectiveConfig(Node):
         return None
 
     @property
+    def needs_features(self) -> str | None:
+        """The key because of which samples need an image encoder's features; None where they need none."""
+        return None
+
+    @property
     def image_encoder(self) -> str | None:
-        """The folder of a frozen image encoder that runs in the trainer; None without one."""
+        """The folder of a frozen image encoder that computes features in the trainer; None without one."""
         return None
 
     @property
@@ -116,8 +121,8 @@ class ObjectiveKind:
     """An objective that recipes can choose. Its name is the default of `config.kind`."""
 
     config: type[ObjectiveConfig]
-    # Raises ValueError where a pretrained encoder that it needs cannot be loaded.
-    build: Callable[[Any, ModelConfig, torch.device], Objective]
+    # Frozen encoders compute in the dtype. Raises ValueError where one that it needs cannot be loaded.
+    build: Callable[[Any, ModelConfig, torch.device, torch.dtype], Objective]
     samplers: Mapping[str, SamplerKind]  # the default first
 
     @property

@@ -47,10 +47,11 @@ def _require_same_identity(manifest: Manifest, other: Manifest, where: str, url:
 
 def _identity(manifest: Manifest) -> dict[str, object]:
     """What two data sets of one run must have in common, by what it is called."""
-    latent, text = manifest.latent, manifest.text
+    latent, text, features = manifest.latent, manifest.text, manifest.features
     return {
         "latents": latent and (latent.weights_sha256, latent.scaling_factor, latent.shift_factor),
         "text features": text and text.weights_sha256,
+        "image features": features and features.weights_sha256,
         "classes": manifest.labels,
     }
 
@@ -80,6 +81,34 @@ def _check_set(recipe: Recipe, manifest: Manifest, where: str) -> None:
     ]
     if wrong:
         raise ValueError(f"the model does not fit {where}: {'; '.join(wrong)}")
+    if recipe.objective.needs_features is not None:
+        _check_features(recipe, manifest, where, recipe.objective.needs_features)
+
+
+def _check_features(recipe: Recipe, manifest: Manifest, where: str, key: str) -> None:
+    """They are stored, or there are pictures and an encoder to compute them with."""
+    model, encoder, stored = recipe.model, recipe.objective.image_encoder, manifest.features
+    if stored is not None and encoder is not None:
+        raise ValueError(f"{where} has features of its pictures already (of {stored.encoder}); leave {key}.encoder out")
+    if stored is not None:
+        if stored.dim != model.feature_dim:
+            raise ValueError(f"{where} has {stored.dim} image features, model.repa.feature_dim is {model.feature_dim}")
+        if stored.grid**2 != model.num_patches:
+            side = math.isqrt(model.num_patches)
+            raise ValueError(
+                f"{where} has image features of {stored.grid}x{stored.grid} patches, the model has {side}x{side} "
+                f"tokens; pack it with --feature-grid {side}"
+            )
+    elif manifest.image is None:
+        raise ValueError(
+            f"{where} has latents alone, and {key} needs features of the pictures: pack it with --features, or keep "
+            f"the pictures and state {key}.encoder"
+        )
+    elif encoder is None:
+        raise ValueError(
+            f"{where} has no features of its pictures: state {key}.encoder, the folder of a DINOv2, or pack it with "
+            "--features"
+        )
 
 
 def _check_buckets(recipe: Recipe, sizes: Sequence[tuple[int, int]], where: str) -> None:

@@ -28,6 +28,11 @@ def stream_draws_noise(recipe: Recipe) -> bool:
     return recipe.encoders is None or recipe.encoders.vae is None
 
 
+def encoder_dtype(recipe: Recipe) -> torch.dtype:
+    """In which frozen encoders compute: as training does. (TF32 is a switch of the process.)"""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+
+
 class OnlineEncoders:
     """The encoders of a recipe on this rank's device; either may be absent.
 
@@ -38,8 +43,9 @@ class OnlineEncoders:
     def __init__(self, encoders: Encoders, recipe: Recipe, topology: Topology, stage: int = 0) -> None:
         self._seed, self._device = recipe.seed, topology.device
         self._training_seed = seed_of_stage(recipe.seed, stage)
+        self._keeps_pixels = recipe.objective.needs_features is not None
         self._num_strata = recipe.validation.num_timesteps if recipe.validation else 0
-        dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        dtype = encoder_dtype(recipe)
         self.text: TextEncoder | None = None
         self.autoencoder: Autoencoder | None = None
         if encoders.text is not None:
@@ -83,6 +89,8 @@ class OnlineEncoders:
         if self.autoencoder is not None:
             mean, std = self.autoencoder.encode(batch.images)
             noise, latent_noise = self._normal(draws, mean), self._normal(draws, mean)
+            if self._keeps_pixels:
+                batch = replace(batch, pixels=batch.images)
             batch = replace(batch, images=self.autoencoder.to_model(mean + std * latent_noise), noise=noise)
         return batch
 

@@ -24,7 +24,7 @@ from megadit.training import checkpoint, from_weights, resuming, run_folder
 from megadit.training.data_fits import check_data_fits, require_one_encoding
 from megadit.training.ema import Averages
 from megadit.training.from_weights import Weights, WeightSource
-from megadit.training.online import OnlineEncoders, stream_draws_noise
+from megadit.training.online import OnlineEncoders, encoder_dtype, stream_draws_noise
 from megadit.training.reporter import Reporter, banner
 from megadit.training.signals import StopRequest, stop_on_signal
 from megadit.training.skipped import SkippedSteps
@@ -194,7 +194,8 @@ class Trainer:
         self._engine = engine
         self._encoders = encoders
         self._stop = stop
-        self._objective = objectives.build(settings.objective, settings.model, engine.device)
+        dtype = encoder_dtype(settings)
+        self._objective = objectives.build(settings.objective, settings.model, engine.device, dtype)
         self._averages = Averages(engine.shards, settings.training.ema_rates, settings.training.ema_power_stds)
         self._topology = engine.topology
         stall_seconds = settings.training.stall_seconds
@@ -280,7 +281,8 @@ class Trainer:
         if first_step < recipe.num_steps:
             batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
             data, seed = self._topology.data, seed_of_stage(recipe.seed, self._stage.number)
-            loader = Loader(recipe.data, seed, batch_size, data.rank, data.size, with_noise)
+            with_features = recipe.objective.needs_features is not None
+            loader = Loader(recipe.data, seed, batch_size, data.rank, data.size, with_noise, with_features)
             batches = loader.iterate(first_step)
             try:
                 for _ in range(first_step, recipe.num_steps):

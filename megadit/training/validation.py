@@ -45,7 +45,14 @@ def validate(
     moments = _Moments(engine.topology)
     axis = engine.topology.data
     for batch, weight_B in validation_batches(
-        recipe.data, recipe.seed, axis.rank, axis.size, settings.batch_size, strata, stream_draws_noise(recipe)
+        recipe.data,
+        recipe.seed,
+        axis.rank,
+        axis.size,
+        settings.batch_size,
+        strata,
+        stream_draws_noise(recipe),
+        recipe.objective.needs_features is not None,
     ):
         fraction_B = batch.timestep_uniform
         on_device = batch.to(engine.device) if encoders is None else encoders.encode_validation(batch)

@@ -106,7 +106,10 @@ def _train(recipe: Recipe, num_steps: int, topology: Topology) -> list[dict[str,
     engine = engines.build(recipe, topology)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
     batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
-    loader = Loader(recipe.data, recipe.seed, batch_size, topology.data.rank, topology.data.size, with_noise)
+    with_features = recipe.objective.needs_features is not None
+    loader = Loader(
+        recipe.data, recipe.seed, batch_size, topology.data.rank, topology.data.size, with_noise, with_features
+    )
     batches = loader.iterate(0)
     batch = next(batches)
     batches.close()

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel, T5TokenizerFast
 
 from megadit.data.encoders.autoencoder import Autoencoder
 from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.data.packing.pack import pack
 from megadit.data.packing.settings import PackSettings
 from megadit.data.packing.sources import open_source
+from megadit.objectives.image_encoder import ImageEncoder
 
 FEW = ("subgroup=animal-bird", "skin_tone=false")  # 21 pictures
 NARROW = 8  # features inside the encoders, whose inputs and outputs are as wide as real ones'
@@ -45,22 +46,43 @@ def vae_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="session")
+def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
+    """A DINOv2 of one layer, with as many features as DINOv2-B."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoders") / "dinov2"
+    sizes = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "mlp_ratio": 1}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    return ImageEncoder.load(str(folder))
+
+
+@pytest.fixture(scope="session")
 def pack_latents(
-    text_folder: Path, vae_folders: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+    text_folder: Path,
+    vae_folders: dict[int, Path],
+    image_encoder: ImageEncoder,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[int, int], Path]:
-    """Latents of so many channels of pictures of so many pixels, classes and text features; each is made once."""
+    """Latents of so many channels of pictures of so many pixels, classes, features of text and, beside 16 channels, of
+    an image encoder; each is made once.
+    """
     made: dict[tuple[int, int], Path] = {}
 
     def make(channels: int, pixels: int) -> Path:
         if (channels, pixels) not in made:
             folder = tmp_path_factory.mktemp(f"latents-{channels}-{pixels}")
             settings = PackSettings(
-                size=pixels, holdout=8, where=FEW, label="caption", keep_pictures=False, text_dtype="int8"
+                size=pixels,
+                holdout=8,
+                where=FEW,
+                label="caption",
+                keep_pictures=False,
+                text_dtype="int8",
+                feature_dtype="int8",
             )
             device = torch.device("cpu")
             text = TextEncoder.load(str(text_folder), MAX_TOKENS, device, torch.float32)
             vae = Autoencoder.load(str(vae_folders[channels]), device, torch.float32)
-            pack(open_source("emoji"), str(folder), settings, text, vae)
+            pack(open_source("emoji"), str(folder), settings, text, vae, image_encoder if channels == 16 else None)
             made[channels, pixels] = folder
         return made[channels, pixels]
 

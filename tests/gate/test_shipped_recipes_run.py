@@ -6,10 +6,11 @@ tests/engines/test_options.py does it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from megadit.launcher.forked import ForkedRanks
 from megadit.recipe import RECIPE_FOLDER, Recipe, load, stages_of
@@ -25,7 +26,7 @@ WAYS = {
 }
 NUM_STEPS = 2
 BATCH_SIZE = 8
-FEW_PIXELS = 32  # a recipe whose input is no larger works on pixels
+FEW_PATCHES = 256
 
 
 def shrunk(name: str, way: str = "single") -> list[str]:
@@ -59,9 +60,14 @@ def shrunk(name: str, way: str = "single") -> list[str]:
     if recipe.model.feature_dim is not None:
         changes["model.repa.block"] = 1
     for number, stage in enumerate(recipe.stages):
+        size = BATCH_SIZE if stages_of(recipe)[number].model.num_patches <= FEW_PATCHES else BATCH_SIZE // 2
         if "training" in stage:
             micro = ", micro_batch_size: 2" if "micro_batch_size" in stage["training"] else ""
-            changes[f"stages.{number}.training"] = f"{{num_images: {images}, batch_size: {BATCH_SIZE}{micro}}}"
+            changes[f"stages.{number}.training"] = f"{{num_images: {NUM_STEPS * size}, batch_size: {size}{micro}}}"
+        for section in ("checkpoints", "validation"):
+            if section in stage:
+                small = "" if section == "checkpoints" else ", batch_size: 2"
+                changes[f"stages.{number}.{section}"] = f"{{every_images: {NUM_STEPS * size}{small}}}"
     return [f"{key}={value}" for key, value in changes.items()]
 
 
@@ -111,8 +117,15 @@ def test_every_recipe_is_in_the_gate() -> None:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", FORMS)
+def cases() -> Iterator[ParameterSet]:
+    """Each form on each way. Pictures of 1024 pixels take a minute each time: by `make slow`, but for one way."""
+    for name in FORMS:
+        large = any(stage.model.num_patches > 4 * FEW_PATCHES for stage in stages_of(load(name)))
+        for way in WAYS:
+            yield pytest.param(name, way, marks=[pytest.mark.slow] if large and way != "fsdp-2" else [])
+
+
+@pytest.mark.parametrize(("name", "way"), list(cases()))
 def test_it_trains_and_samples(
     name: str,
     way: str,

@@ -54,6 +54,8 @@ def make_batch(size: int, seed: int = 0) -> Batch:
         epoch=torch.zeros(size, dtype=torch.int64),
         sample=torch.arange(size),
         replaced=torch.zeros(size, dtype=torch.int64),
+        features=torch.zeros(size, 0, 0),
+        pixels=torch.zeros(size, 0),
     )
 
 

@@ -28,7 +28,9 @@ class ToyObjectiveConfig(ObjectiveConfig):
 
 
 class ToyObjective:
-    def __init__(self, config: ToyObjectiveConfig, model: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: ToyObjectiveConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._config, self._model = config, model
 
     def timesteps(self, uniform_B: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ def _train(recipe: Recipe, num_steps: int, broken_step: int | None, topology: To
     engine = engines.build(recipe, topology)
     objective = objectives.build(recipe.objective, recipe.model, engine.device)
     data = topology.data
-    stream = Loader(recipe.data, recipe.seed, recipe.training.batch_size, data.rank, data.size).iterate(0)
+    with_features = recipe.objective.needs_features is not None
+    loader = Loader(recipe.data, recipe.seed, recipe.training.batch_size, data.rank, data.size, True, with_features)
+    stream = loader.iterate(0)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "states": [], "collectives": Counter()}
     for step in range(num_steps):
         batch = next(stream)

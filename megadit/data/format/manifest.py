@@ -19,6 +19,7 @@ MANIFEST_NAME = "manifest.json"
 # Kinds of members: what follows the key and a dot in a tar. Pictures have that of their format.
 METADATA, CAPTION = "json", "txt"
 LATENT, TEXT, TEXT_SCALE, POOLED = "latent.npy", "text.npy", "text_scale.npy", "pooled.npy"
+FEATURES, FEATURES_SCALE = "features.npy", "features_scale.npy"
 
 
 class ManifestError(ValueError):
@@ -72,6 +73,20 @@ class TextFacts(_Node):
     dtype: Literal["float16", "int8"] = "float16"
 
 
+class FeatureFacts(_Node):
+    """Features of the pictures by a frozen image encoder: [grid * grid, dim], patches in the order of rows.
+
+    bfloat16 is stored as that of latents; int8 is multiplied by a scale for each patch, `features_scale.npy`, float16
+    [grid * grid].
+    """
+
+    encoder: str
+    weights_sha256: str
+    dim: int = Field(ge=1)
+    grid: int = Field(ge=1)
+    dtype: Literal["bfloat16", "int8"] = "bfloat16"
+
+
 class ShardFacts(_Node):
     """One tar file. `bucket` is the resolution of its pictures, height x width; None where they differ.
 
@@ -108,6 +123,7 @@ class Manifest(_Node):
     image: ImageFacts | None = None
     latent: LatentFacts | None = None
     text: TextFacts | None = None
+    features: FeatureFacts | None = None
     labels: tuple[str, ...] = ()
     left_out: dict[str, int] = {}
     shards: tuple[ShardFacts, ...]
@@ -156,6 +172,8 @@ class Manifest(_Node):
     def sealed(self) -> "Manifest":
         """The same with its fingerprint, which leaves out where things lie and what they are called."""
         facts = self.model_dump(mode="json", exclude={"name", "inputs", "fingerprint", "root", "left_out"})
+        if self.features is None:  # as it was before there were any
+            del facts["features"]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.model_copy(update={"fingerprint": digest})
 

@@ -29,7 +29,10 @@ class Chunk:
 
 
 class ChunkReader:
-    """The data set at `url`. Raises ManifestError and StorageError. Methods may be called from several threads."""
+    """The data set at `url`; with_features: as of its Decoder. Methods may be called from several threads.
+
+    Raises ManifestError and StorageError.
+    """
 
     def __init__(
         self,
@@ -37,10 +40,11 @@ class ChunkReader:
         client: Client = "boto3",
         cache: ChunkCache | None = None,
         retry_seconds: float | None = None,
+        with_features: bool = False,
     ) -> None:
         self._data = DataSet(url, client, retry_seconds)
         self.manifest, self.index = self._data.manifest, self._data.index
-        self.decoder = Decoder(self.manifest)
+        self.decoder = Decoder(self.manifest, with_features)
         self._cache = cache
         self.pages = Pages()
 

@@ -20,13 +20,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megadit.batch import Batch, Sample, collate, concatenate
-from megadit.data.format.manifest import Manifest
 from megadit.data.format.members import CorruptShardError
 from megadit.data.loading.chunks import ChunkReader
 from megadit.data.loading.decode import Content, DecodeError
 from megadit.data.loading.fetch import Item, Supply, largest_chunks
 from megadit.data.loading.pages import give_back_what_is_freed
-from megadit.data.loading.schedule import Bucket, Schedule, samples_by_resolution
+from megadit.data.loading.schedule import Schedule, samples_by_resolution
 from megadit.data.storage.cache import ChunkCache
 from megadit.exit_codes import FAILED, end_now
 from megadit.randomness import Purpose, generator
@@ -48,23 +47,31 @@ class Loader:
 
     Rank r of D serves the streams [r*K/D, (r+1)*K/D), so the batches of all ranks, one after the other, are the global
     batch. with_noise: whether they have noise of the shape of their images; False where these are pixels, and whoever
-    turns them into latents draws the noise of the latents. Raises ValueError when the ranks do not divide the streams,
-    the streams the batch, or data.memory_mb is too little for them; ManifestError and StorageError when there is no
-    data set.
+    turns them into latents draws the noise of the latents. with_features: whether they have what the data set has of an
+    image encoder's features, see Batch. Raises ValueError when the ranks do not divide the streams, the streams the
+    batch, or data.memory_mb is too little for them; ManifestError and StorageError when there is no data set.
     """
 
     def __init__(
-        self, data: Data, seed: int, batch_size: int, rank: int, world_size: int, with_noise: bool = True
+        self,
+        data: Data,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        with_noise: bool = True,
+        with_features: bool = False,
     ) -> None:
         assert 0 <= rank < world_size
-        reader = ChunkReader(data.url, data.client)
+        reader = ChunkReader(data.url, data.client, with_features=with_features)
         self.manifest = reader.manifest
         self.schedule = Schedule(reader.manifest, reader.index, data, seed, batch_size)
         if data.num_streams % world_size:
             raise ValueError(f"{world_size} ranks do not divide data.num_streams {data.num_streams}")
         per_rank = data.num_streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
-        self._data, self._seed, self._batch_size, self._with_noise = data, seed, batch_size, with_noise
+        self._data, self._seed, self._batch_size = data, seed, batch_size
+        self._with_noise, self._with_features = with_noise, with_features
         self._epoch_samples = sum(bucket.order.epoch_samples for bucket in self.schedule.buckets) // world_size
         self.num_workers = min(data.num_workers, per_rank)
         if self.num_workers < data.num_workers:
@@ -78,7 +85,14 @@ class Loader:
         more than data.max_corrupt_share of them are corrupt.
         """
         parts = _SubBatches(
-            self._data, self._seed, self._batch_size, self._streams, first_step, self._stream_bytes, self._with_noise
+            self._data,
+            self._seed,
+            self._batch_size,
+            self._streams,
+            first_step,
+            self._stream_bytes,
+            self._with_noise,
+            self._with_features,
         )
         batches = self._counted(self._from_workers(parts) if self.num_workers else parts.of_streams(self._streams))
         _open.add(batches)
@@ -135,7 +149,8 @@ class Loader:
         data, num_streams = self._data, len(self._streams)
         held = BATCHES_HELD_WITH_WORKERS if self.num_workers else BATCHES_HELD
         largest_sample = max(
-            _decoded_bytes(self.manifest, bucket, self._with_noise) for bucket in self.schedule.buckets
+            reader.decoder.decoded_bytes(bucket.height, bucket.width, self._with_noise)
+            for bucket in self.schedule.buckets
         )
         decoded_bytes = held * num_streams * self.schedule.share * largest_sample
         chunks = largest_chunks(reader, self.schedule)
@@ -170,6 +185,7 @@ class _SubBatches(IterableDataset[_SubBatch | Exception]):
     first_step: int
     stream_bytes: int
     with_noise: bool
+    with_features: bool
     # The fork server keeps the environment of its own start: later S3 settings must be brought to the workers.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
@@ -187,7 +203,7 @@ class _SubBatches(IterableDataset[_SubBatch | Exception]):
         """The samples of `streams` of each step."""
         data = self.data
         cache = ChunkCache(Path(data.cache_folder), int(data.cache_gb * 1e9)) if data.cache_folder else None
-        reader = ChunkReader(data.url, data.client, cache, RETRY_SECONDS)
+        reader = ChunkReader(data.url, data.client, cache, RETRY_SECONDS, self.with_features)
         schedule = Schedule(reader.manifest, reader.index, data, self.seed, self.batch_size)
         supply = Supply(reader, schedule, streams, self.first_step, self.stream_bytes * len(streams))
         try:
@@ -239,6 +255,8 @@ def _sample(reader: ChunkReader, item: Item, seed: int, with_noise: bool, faults
             item.epoch,
             item.sample,
             replaced=bool(fault),
+            features=content.features,
+            pixels=content.pixels,
         )
     raise CorruptShardError(f"{fault}; none of the {len(chunk.samples)} samples that were read with it is sound")
 
@@ -261,17 +279,18 @@ def validation_batches(
     batch_size: int,
     num_timesteps: int,
     with_noise: bool = True,
+    with_features: bool = False,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """The fixed validation set: every sample at every one of `num_timesteps` strata, once over all ranks.
 
     Yields batches, each of one resolution, with weights float32 [batch_size]. Every rank yields the same number of
     batches; samples that only fill one up have weight 0. timestep_uniform is the middle of the stratum, the noise a
     function of (seed, sample, stratum), and captions are never dropped, so the weighted mean of a loss does not depend
-    on the number of ranks. with_noise: as that of Loader. Raises ManifestError and StorageError, also for a sample that
-    is corrupt.
+    on the number of ranks. with_noise, with_features: as those of Loader. Raises ManifestError and StorageError, also
+    for a sample that is corrupt.
     """
     assert data.validation_url is not None
-    reader = ChunkReader(data.validation_url, data.client)
+    reader = ChunkReader(data.validation_url, data.client, with_features=with_features)
     groups = samples_by_resolution(reader.manifest, reader.index, data.model_copy(update={"url": data.validation_url}))
     batches = [
         (size, samples, first)
@@ -303,7 +322,18 @@ def validation_batches(
             timestep_uniform = (stratum + 0.5) / num_timesteps
             samples.append(
                 Sample(
-                    image, content.text, content.caption, label, noise, timestep_uniform, 1.0, 0, sample, replaced=False
+                    image,
+                    content.text,
+                    content.caption,
+                    label,
+                    noise,
+                    timestep_uniform,
+                    1.0,
+                    0,
+                    sample,
+                    replaced=False,
+                    features=content.features,
+                    pixels=content.pixels,
                 )
             )
         yield collate(samples), weights
@@ -311,17 +341,6 @@ def validation_batches(
 
 def _num_samples(reader: ChunkReader, samples: np.ndarray | None) -> int:
     return reader.manifest.num_samples if samples is None else len(samples)
-
-
-def _decoded_bytes(manifest: Manifest, bucket: Bucket, with_noise: bool) -> int:
-    """Bytes of one sample in a batch: float32 image, noise where it has some, tokens and pooled."""
-    if manifest.latent is not None:
-        per_side = manifest.latent.downsampling
-        image = manifest.latent.channels * (bucket.height // per_side) * (bucket.width // per_side)
-    else:
-        image = 3 * bucket.height * bucket.width
-    text = manifest.text.max_tokens * manifest.text.dim + manifest.text.pooled_dim if manifest.text else 0
-    return 4 * ((1 + with_noise) * image + text)
 
 
 _open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()

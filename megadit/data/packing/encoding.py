@@ -12,19 +12,23 @@ from megadit.data.encoders.autoencoder import Autoencoder
 from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.data.format.manifest import (
     CAPTION,
+    FEATURES,
+    FEATURES_SCALE,
     LATENT,
     METADATA,
     POOLED,
     TEXT,
     TEXT_SCALE,
+    FeatureFacts,
     ImageFacts,
     LatentFacts,
     TextFacts,
 )
 from megadit.data.packing.arrays import to_bfloat16_bits, to_float16, to_int8, to_npy
 from megadit.data.packing.pixels import RESIZE, encode, to_tensor
-from megadit.data.packing.settings import PackError, PackSettings
+from megadit.data.packing.settings import PIXELS_PER_TOKEN, PackError, PackSettings
 from megadit.data.packing.source import Source, SourceSample
+from megadit.objectives.image_encoder import ImageEncoder
 from megadit.randomness import Purpose, generator
 
 Members = dict[str, bytes]  # by kind
@@ -33,14 +37,20 @@ Members = dict[str, bytes]  # by kind
 class Encoding:
     """How samples of `source` are packed: which members, and their bytes.
 
-    Without an encoder a sample keeps its caption alone, without an autoencoder its picture alone. Raises PackError for
-    what does not go together.
+    Without a text encoder a sample keeps its caption alone, without an autoencoder its picture alone; an image encoder
+    adds features. Raises PackError for what does not go together.
     """
 
     def __init__(
-        self, source: Source, settings: PackSettings, text_encoder: TextEncoder | None, autoencoder: Autoencoder | None
+        self,
+        source: Source,
+        settings: PackSettings,
+        text_encoder: TextEncoder | None,
+        autoencoder: Autoencoder | None,
+        image_encoder: ImageEncoder | None,
     ) -> None:
         self._settings, self._text_encoder, self._autoencoder = settings, text_encoder, autoencoder
+        self._image_encoder = image_encoder
         self._captions, self._metadata = source.has_captions, source.has_metadata
         if text_encoder is not None and not source.has_captions:
             raise PackError(
@@ -49,6 +59,7 @@ class Encoding:
         if not settings.keep_pictures and autoencoder is None:
             raise PackError("without pictures there must be latents: give an autoencoder, or keep the pictures")
         self.image, self.latent, self.text = self._image_facts(), self._latent_facts(), self._text_facts()
+        self.features = self._feature_facts()
         self.members = self._member_kinds()
 
     def encode(
@@ -64,6 +75,9 @@ class Encoding:
                 features = self._text_encoder.encode([sample.caption or "" for sample in samples])
                 for found, sample, caption in zip(members, samples, features, strict=True):
                     found |= self._text(caption, f"the text features of {sample.key!r}")
+            if self._image_encoder is not None:
+                for found, aligned in zip(members, self._features(samples, pictures), strict=True):
+                    found |= aligned
         except ValueError as error:
             raise PackError(str(error)) from None
         return [{kind: found[kind] for kind in self.members} for found in members]
@@ -83,7 +97,7 @@ class Encoding:
         self, samples: Sequence[SourceSample], pictures: Sequence[Image.Image], numbers: Sequence[int]
     ) -> list[bytes]:
         assert self._autoencoder is not None
-        mean, std = (part.cpu() for part in self._autoencoder.encode(torch.stack([to_tensor(p) for p in pictures])))
+        mean, std = (part.cpu() for part in self._autoencoder.encode(_stack(pictures)))
         to_bits = to_float16 if self._settings.latent_dtype == "float16" else to_bfloat16_bits
         found = []
         for row, (sample, number) in enumerate(zip(samples, numbers, strict=True)):
@@ -103,6 +117,19 @@ class Encoding:
         values, scales = to_int8(tokens, what)
         return {TEXT: to_npy(values), TEXT_SCALE: to_npy(scales), POOLED: pooled}
 
+    def _features(self, samples: Sequence[SourceSample], pictures: Sequence[Image.Image]) -> list[Members]:
+        assert self._image_encoder is not None and self.features is not None
+        features_BTF = self._image_encoder.encode(_stack(pictures), self.features.grid).cpu()
+        found = []
+        for sample, features_TF in zip(samples, features_BTF, strict=True):
+            what = f"the image features of {sample.key!r}"
+            if self.features.dtype == "bfloat16":
+                found.append({FEATURES: to_npy(to_bfloat16_bits(features_TF, what))})
+            else:
+                values, scales = to_int8(features_TF, what)
+                found.append({FEATURES: to_npy(values), FEATURES_SCALE: to_npy(scales)})
+        return found
+
     def _member_kinds(self) -> tuple[str, ...]:
         kinds = {
             self._settings.picture_format: self._settings.keep_pictures,
@@ -112,6 +139,8 @@ class Encoding:
             TEXT: self._text_encoder is not None,
             TEXT_SCALE: self._text_encoder is not None and self._settings.text_dtype == "int8",
             POOLED: self._text_encoder is not None,
+            FEATURES: self.features is not None,
+            FEATURES_SCALE: self.features is not None and self.features.dtype == "int8",
         }
         return tuple(kind for kind, wanted in kinds.items() if wanted)
 
@@ -145,3 +174,29 @@ class Encoding:
             max_tokens=self._text_encoder.max_tokens,
             dtype=self._settings.text_dtype,
         )
+
+    def _feature_facts(self) -> FeatureFacts | None:
+        settings = self._settings
+        if self._image_encoder is None:
+            if settings.feature_grid is not None:
+                raise PackError(f"feature_grid {settings.feature_grid} is of no use without an image encoder")
+            return None
+        if settings.aspect_buckets:
+            raise PackError("features of pictures are of squares only: leave out the image encoder or the buckets")
+        if settings.feature_grid is None and settings.size % PIXELS_PER_TOKEN:
+            raise PackError(
+                f"size {settings.size} is no multiple of {PIXELS_PER_TOKEN}: state feature_grid, the model's tokens "
+                "a side"
+            )
+        return FeatureFacts(
+            encoder=self._image_encoder.name,
+            weights_sha256=self._image_encoder.weights_sha256,
+            dim=self._image_encoder.dim,
+            grid=settings.feature_grid or settings.size // PIXELS_PER_TOKEN,
+            dtype=settings.feature_dtype,
+        )
+
+
+def _stack(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.stack([to_tensor(picture) for picture in pictures])

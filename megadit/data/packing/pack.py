@@ -5,8 +5,9 @@
 <destination>/pack.json                    what all this is made from: another pack does not begin here (destination.py)
 
 A sample is `key.png` or `key.jpg` (RGB, at its shard's bucket), `key.json` (its metadata, where the source has some),
-`key.txt` (its caption), `key.latent.npy`, `key.text.npy` (the caption's true length), `key.text_scale.npy` and
-`key.pooled.npy`, as far as they are asked for (see Encoding). Plain `webdataset` and tar tools read the shards.
+`key.txt` (its caption), `key.latent.npy`, `key.text.npy` (the caption's true length), `key.text_scale.npy`,
+`key.pooled.npy`, `key.features.npy` and `key.features_scale.npy`, as far as they are asked for (see Encoding). Plain
+`webdataset` and tar tools read the shards.
 
 Every shard is planned in advance and made by one rank, with no word between ranks: each looks at what is there, and the
 one that finds all shards made writes the index and the manifests. The same inputs give the same bytes, whatever the
@@ -34,6 +35,7 @@ from megadit.data.packing.settings import PackError, PackSettings
 from megadit.data.packing.shard import ShardRecord, build_shard, read_record, record_name, write_shard
 from megadit.data.packing.source import Source
 from megadit.data.storage import Store, open_store
+from megadit.objectives.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def pack(
     settings: PackSettings,
     text_encoder: TextEncoder | None = None,
     autoencoder: Autoencoder | None = None,
+    image_encoder: ImageEncoder | None = None,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -74,7 +77,7 @@ def pack(
     Raises PackError, SourceError and StorageError; a destination that has another data set, or part of one, is left as
     it is.
     """
-    encoding = Encoding(source, settings, text_encoder, autoencoder)
+    encoding = Encoding(source, settings, text_encoder, autoencoder, image_encoder)
     splits = (TRAIN, VALIDATION) if settings.holdout else (TRAIN,)
     stores = {split: open_store(f"{destination}/{split}") for split in splits}
     job = _Job(source, settings, encoding, _inputs(source, settings, encoding), stores)
@@ -169,6 +172,7 @@ class _Job:
             image=self.encoding.image,
             latent=self.encoding.latent,
             text=self.encoding.text,
+            features=self.encoding.features,
             labels=classes.labels,
             left_out={BROKEN: num_broken} if num_broken else {},
             shards=tuple(record.shard for record in records if record.shard.num_samples),
@@ -196,7 +200,7 @@ class _Classes:
 
 def _asked(source: Source, settings: PackSettings, encoding: Encoding) -> dict[str, Any]:
     """What the inputs are the sha256 of, for those who read it."""
-    facts = {"image": encoding.image, "latent": encoding.latent, "text": encoding.text}
+    facts = {"image": encoding.image, "latent": encoding.latent, "text": encoding.text, "features": encoding.features}
     stated = {name: fact.model_dump() for name, fact in facts.items() if fact}
     flat = {f"{name}.{key}": value for name, fact in stated.items() for key, value in fact.items()}
     return {"source": source.digest, **settings.facts(), **flat}
@@ -204,6 +208,8 @@ def _asked(source: Source, settings: PackSettings, encoding: Encoding) -> dict[s
 
 def _inputs(source: Source, settings: PackSettings, encoding: Encoding) -> str:
     facts = [fact.model_dump() if fact else None for fact in (encoding.image, encoding.latent, encoding.text)]
+    if encoding.features:  # without them it is what it was before there were any
+        facts.append(encoding.features.model_dump())
     asked = [source.digest, settings.facts(), *facts]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

@@ -45,7 +45,8 @@ def reading(recipe: Recipe, images_per_second: float, assumed: Assumptions) -> R
     elements = model.in_channels * model.input_size**2
     picture = elements if model.in_channels == 3 else 2 * elements * assumed.latent_bytes
     text = (taken.text_dim or 0) * assumed.text_tokens * assumed.text_bytes + 2 * (taken.pooled_dim or 0)
-    features = model.num_patches * (model.feature_dim or 0) * assumed.feature_bytes
+    stored = 0 if recipe.objective.image_encoder else model.feature_dim or 0
+    features = model.num_patches * stored * assumed.feature_bytes
     size = picture + text + features
     requests = images_per_second / recipe.data.chunk_samples
     return Reading(size, images_per_second * size / GB, requests)
