@@ -14,6 +14,7 @@ from megadit import engines, objectives
 from megadit.distributed import Topology, process_group
 from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe, parse
+from megadit.training.online import encoder_dtype
 from megadit.training.peak_memory import reset_peak
 from megadit.training.telemetry import Costs, Telemetry
 
@@ -76,7 +77,7 @@ def _measure(recipe: Recipe, topology: Topology, num_steps: int, text_tokens: in
 
 def _train(recipe: Recipe, topology: Topology, num_steps: int, text_tokens: int | None) -> Costs:
     engine = engines.build(recipe, topology)
-    objective = objectives.build(recipe.objective, recipe.model, engine.device)
+    objective = objectives.build(recipe.objective, recipe.model, engine.device, encoder_dtype(recipe))
     batch = synthetic_batch(recipe, recipe.training.micro_batch_size or 0, text_tokens, engine.device)
     timestep_B = objective.timesteps(batch.timestep_uniform)
     telemetry = Telemetry(recipe, topology, notice=lambda phase: None)

@@ -31,7 +31,7 @@ from megadit.planning.synthetic_batch import synthetic_batch
 from megadit.recipe import Recipe
 from megadit.training.checkpoint import Saver
 from megadit.training.ema import Averages
-from megadit.training.online import OnlineEncoders
+from megadit.training.online import OnlineEncoders, encoder_dtype
 from megadit.training.peak_memory import peak_bytes, reset_peak
 
 DEFAULTS = (  # 36 million parameters with the quickstart: states outweigh what does not shrink with the ranks
@@ -217,7 +217,7 @@ def _validate(engine: Engine, averages: Averages, loss: LossClosure) -> None:
 
 
 def _loss(recipe: Recipe, size: int, encoders: OnlineEncoders | None) -> LossClosure:
-    objective = objectives.build(recipe.objective, recipe.model, CPU)
+    objective = objectives.build(recipe.objective, recipe.model, CPU, encoder_dtype(recipe))
     batch = synthetic_batch(recipe, size, TEXT_TOKENS, CPU)
     if encoders is not None:
         captions = ("a picture of something " * TEXT_TOKENS,) * size

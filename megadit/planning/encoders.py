@@ -41,7 +41,7 @@ def weights(recipe: Recipe, num_ranks: int) -> tuple[Held, ...]:
             raise ValueError(
                 f"image encoder {recipe.objective.image_encoder}: no such folder, so its size is not known"
             )
-        found.append(Held("image encoder", FP32_BYTES * number))
+        found.append(Held("image encoder", width * number))
     return tuple(found)
 
 
@@ -62,7 +62,7 @@ def working(recipe: Recipe, micro_batch: int) -> Iterator[Moment]:
 
 
 def _bytes_of_number(recipe: Recipe) -> int:
-    """Text encoder and autoencoder compute in bf16 where training does."""
+    """Encoders compute in bf16 where training does."""
     return 2 if recipe.training.precision == "bf16" else FP32_BYTES
 
 

@@ -8,6 +8,7 @@ from megadit.data.encoders.autoencoder import Autoencoder
 from megadit.data.encoders.text_encoder import TextEncoder
 from megadit.data.format.buckets import bucket_table
 from megadit.data.format.manifest import CAPTION, Manifest, parse_bucket
+from megadit.objectives.image_encoder import ImageEncoder
 from megadit.recipe import Recipe
 
 AREA_RANGE = 1.5  # tables of buckets keep the area of their square to a few per cent
@@ -108,6 +109,10 @@ def _check_features(recipe: Recipe, manifest: Manifest, where: str, key: str) ->
         raise ValueError(
             f"{where} has no features of its pictures: state {key}.encoder, the folder of a DINOv2, or pack it with "
             "--features"
+        )
+    elif (dim := ImageEncoder.hidden_size(encoder)) != model.feature_dim:
+        raise ValueError(
+            f"image encoder {encoder}: it has {dim} features, model.repa.feature_dim is {model.feature_dim}"
         )
 
 

@@ -43,7 +43,7 @@ class OnlineEncoders:
     def __init__(self, encoders: Encoders, recipe: Recipe, topology: Topology, stage: int = 0) -> None:
         self._seed, self._device = recipe.seed, topology.device
         self._training_seed = seed_of_stage(recipe.seed, stage)
-        self._keeps_pixels = recipe.objective.needs_features is not None
+        self._keeps_pixels = recipe.objective.image_encoder is not None
         self._num_strata = recipe.validation.num_timesteps if recipe.validation else 0
         dtype = encoder_dtype(recipe)
         self.text: TextEncoder | None = None

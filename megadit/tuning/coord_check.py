@@ -22,7 +22,7 @@ from megadit.data.loading.loader import Loader
 from megadit.distributed import Topology, process_group
 from megadit.recipe import Recipe, parse
 from megadit.training.data_fits import check_data_fits
-from megadit.training.online import OnlineEncoders, stream_draws_noise
+from megadit.training.online import OnlineEncoders, encoder_dtype, stream_draws_noise
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _changed(recipe: Recipe, width: int, seed: int) -> Recipe:
 def _train(recipe: Recipe, num_steps: int, topology: Topology) -> list[dict[str, float]]:
     """Mean |activation| by layer, for each step."""
     engine = engines.build(recipe, topology)
-    objective = objectives.build(recipe.objective, recipe.model, engine.device)
+    objective = objectives.build(recipe.objective, recipe.model, engine.device, encoder_dtype(recipe))
     batch_size, with_noise = recipe.training.batch_size, stream_draws_noise(recipe)
     with_features = recipe.objective.needs_features is not None
     loader = Loader(

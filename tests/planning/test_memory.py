@@ -36,6 +36,7 @@ def large(num_ranks: int, *overrides: str) -> Memory:
     """The 18B model with as many samples on each rank, in bf16."""
     settings = ["engine.kind=fsdp", f"engine.num_ranks={num_ranks}", "training.ema_rates=[0.9999]"]
     settings += ["engine.activation_checkpointing=full", "training.micro_batch_size=null", "data.num_streams=1024"]
+    settings += ["engine.num_replicas=1", "hardware=null"]
     settings += ["training.precision=bf16", "training.batch_size=1024", "training.num_images=1024"]
     return predict(load("mmdit-18b", [*settings, *overrides]), num_ranks, 77)
 
@@ -157,6 +158,8 @@ def test_encoders_are_counted_from_their_configurations(
     aligned = tiny_recipe(*repa)
     image = sum(p.numel() for p in AutoModel.from_pretrained(aligned.objective.image_encoder).parameters())
     assert most(predict(aligned, 1, TOKENS), "image encoder") == 4 * image
+    rounded = tiny_recipe(*repa, "training.precision=bf16")
+    assert most(predict(rounded, 1, TOKENS), "image encoder") == 2 * image
     assert most(predict(tiny_recipe(f"encoders={{vae: {vae_folder}}}"), 1, TOKENS), "autoencoder") > 0
     with pytest.raises(ValueError, match="text encoder elsewhere: no such folder, so its size is not known"):
         predict(tiny_recipe("encoders={text: elsewhere}", "model.text_dim=100"), 1, TOKENS)

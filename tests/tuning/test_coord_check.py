@@ -58,10 +58,14 @@ BREAKAGES: dict[str, Callable[[ParamSpec], ParamSpec]] = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_rule_is_found(twin: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
+def test_a_broken_rule_is_found(
+    twin: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, breakage: str
+) -> None:
     recipe = twin("dit-mup-search-cpu", *SMALL, *VISIBLE)
     whole = table.table_of
     monkeypatch.setattr(table, "table_of", lambda *arguments: [BREAKAGES[breakage](spec) for spec in whole(*arguments)])
+    request.addfinalizer(table._build.cache_clear)
+    table._build.cache_clear()
     check = coord_check(recipe, WIDTHS, num_steps=5, num_seeds=2)
     assert not check.passes(BAND), coord_report.verdict(check, BAND)
 
