@@ -180,7 +180,9 @@ def _of_memory(plan: Plan) -> list[tuple[str, ...]]:
 
 def _of_step(plan: Plan) -> list[tuple[str, ...]]:
     fast, time, slow = plan.times
+    online = plan.recipe.encoders is not None or plan.recipe.objective.image_encoder is not None
     return [
+        *([("online encoders", "their time is not counted")] if online else []),
         ("compute", f"{time.compute:.3f} s"),
         ("waiting for the network", f"{time.exposed:.3f} s ({time.exposed_share:.0%}) of {time.communication:.3f} s"),
         ("optimizer", f"{time.optimizer:.3f} s"),
