@@ -7,7 +7,7 @@ import torch
 
 from megadit import engines
 from megadit.distributed import ALONE
-from megadit.recipe import Recipe
+from megadit.recipe import Recipe, plan
 from megadit.training.reporter import banner
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -29,7 +29,8 @@ def test_tf32_products_are_on_for_tf32_alone(tiny_recipe: Callable[..., Recipe])
 
 
 def test_a_cpu_says_that_it_computes_tf32_in_fp32(tiny_recipe: Callable[..., Recipe]) -> None:
-    said = {precision: banner(tiny_recipe(f"training.precision={precision}"), [], 1, ALONE) for precision in PRECISIONS}
+    stages = {precision: plan(tiny_recipe(f"training.precision={precision}"))[0] for precision in PRECISIONS}
+    said = {precision: banner(stage, [], 1, ALONE) for precision, stage in stages.items()}
     assert "fp32 (tf32 is for GPUs) matrix products" in said["tf32"]
     assert "CPU (peak unknown: MFU n/a), fp32 matrix products" in said["fp32"]
     assert "bf16 matrix products" in said["bf16"]
