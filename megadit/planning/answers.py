@@ -45,7 +45,7 @@ def plan_recipe(
         blocks.append(plan_report.as_text(planned, f"{recipe.name}, {stage}" if recipe.stages else recipe.name))
         tree = plan_report.as_tree(planned)
         if planned.problems() or fastest or out:
-            found = _other_settings(planned, fastest, assumed)
+            found = _other_settings(planned, fastest)
             blocks.append(_say_found(found, fastest, hardware))
             tree["found"] = found and {"changes": found.changes, **plan_report.as_tree(found.plan)}
             founds += [found] if found else []
@@ -77,11 +77,10 @@ def table_of_recipes() -> str:
     return markdown(plan_report.TABLE_HEADER, [row for *_, row in sorted(rows)])
 
 
-def _other_settings(planned: Plan, fastest: bool, assumed: Assumptions) -> nearest.Found | None:
-    if not fastest and not planned.problems():
-        return nearest.Found(planned, {})
-    look = nearest.fastest if fastest else nearest.nearest
-    return look(planned.recipe, planned.hardware, assumed)
+def _other_settings(planned: Plan, fastest: bool) -> nearest.Found | None:
+    if fastest:
+        return nearest.fastest(planned)
+    return nearest.nearest(planned) if planned.problems() else nearest.Found(planned, {})
 
 
 def _say_found(found: nearest.Found | None, fastest: bool, hardware: Hardware) -> str:

@@ -9,11 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
-from megadit.data.encoders.text_encoder import MINILM
 from megadit.planning.in_flight import FP32_BYTES, Held, Moment
 from megadit.recipe import Recipe
 
@@ -68,7 +65,7 @@ def _bytes_of_number(recipe: Recipe) -> int:
 
 def _text_parameters(recipe: Recipe, text: str) -> int:
     features = recipe.model.conditions.text_dim or 0
-    if text == MINILM:
+    if text == "minilm":
         return TEXT_PARAMETERS[384]
     number = _count(_text_encoder, text) or TEXT_PARAMETERS.get(features)
     if number is None:
@@ -86,15 +83,21 @@ def _count(build: Callable[[str], nn.Module], folder: str) -> int | None:
 
 
 def _text_encoder(folder: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForTextEncoding  # takes seconds, and most plans need none of it
+
     built: nn.Module = AutoModelForTextEncoding.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     return built
 
 
 def _image_encoder(folder: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
     built: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     return built
 
 
 def _autoencoder(folder: str) -> nn.Module:
+    from diffusers import AutoencoderKL
+
     built: nn.Module = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, local_files_only=True))
     return built

@@ -3,7 +3,7 @@
 Only keys that change no curve are tried. The nearest is the one that changes fewest of them, and of these the fastest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -36,9 +36,13 @@ class Found:
         return self.plan.time.total
 
 
-def nearest(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Found | None:
-    """The nearest settings that run on the machine as they should, or else that fit; None where none do."""
-    found = list(_candidates(recipe, hardware, assumed))
+def nearest(asked: Plan) -> Found | None:
+    """The nearest settings that run on the plan's machine as they should, or else that fit; None where none do.
+
+    What fits and waits for its network is not helped by computing activations again: that stays as it is.
+    """
+    level = asked.recipe.engine.activation_checkpointing
+    found = list(_candidates(asked, (level,) if asked.fits else (level, *LEVELS)))
     if not found:
         return None
     sound = [each for each in found if not each.plan.problems()]
@@ -47,22 +51,22 @@ def nearest(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Found |
     return min(sound, key=lambda each: (len(each.changes), each.seconds))
 
 
-def fastest(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Found | None:
+def fastest(asked: Plan) -> Found | None:
     """The settings that fit with the shortest step; of those within a hundredth of it, the one that changes least."""
-    found = list(_candidates(recipe, hardware, assumed))
+    found = list(_candidates(asked, (asked.recipe.engine.activation_checkpointing, *LEVELS)))
     if not found:
         return None
     best = min(each.seconds for each in found)
-    return min(
-        (each for each in found if each.seconds <= 1.01 * best), key=lambda each: (len(each.changes), each.seconds)
-    )
+    good = [each for each in found if each.seconds <= 1.01 * best]
+    return min(good, key=lambda each: (len(each.changes), each.seconds))
 
 
-def _candidates(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Iterator[Found]:
+def _candidates(asked: Plan, levels: Sequence[Any]) -> Iterator[Found]:
     """Those that fit, each with the largest micro-batch that does. Weights go to the CPU only where nothing fits."""
+    recipe, hardware, assumed = asked.recipe, asked.hardware, asked.assumed
     for offload in _offloads(recipe):
         some = False
-        for changed in _engines(recipe, hardware):
+        for changed in _engines(recipe, hardware, levels):
             if found := _with_largest_micro_batch(recipe, changed | {"cpu_offload": offload}, hardware, assumed):
                 some = True
                 yield found
@@ -70,11 +74,12 @@ def _candidates(recipe: Recipe, hardware: Hardware, assumed: Assumptions) -> Ite
             return
 
 
-def _engines(recipe: Recipe, hardware: Hardware) -> Iterator[dict[str, Any]]:
+def _engines(recipe: Recipe, hardware: Hardware, levels: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Settings of the engine to try."""
-    levels = dict.fromkeys((recipe.engine.activation_checkpointing, *LEVELS))
     ways = ("sharded", "whole") if recipe.engine.kind == "fsdp" else ("sharded",)
-    for num_replicas, level, accumulation in product(_numbers_of_replicas(recipe, hardware), levels, ways):
+    for num_replicas, level, accumulation in product(
+        _numbers_of_replicas(recipe, hardware), dict.fromkeys(levels), ways
+    ):
         yield {"activation_checkpointing": level, "num_replicas": num_replicas, "accumulation": accumulation}
 
 
