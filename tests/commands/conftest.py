@@ -1,24 +1,35 @@
-"""A folder in which the documented commands run: the command line forked from a server, and the files that they name."""
+"""A folder in which the documented commands run, forked from a server, with the files that they name."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
 import shlex
+import shutil
 import signal
+import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 
+from megadit.data.encoders.autoencoder import Autoencoder
+from megadit.data.encoders.text_encoder import TextEncoder
+from megadit.data.packing.pack import pack
+from megadit.data.packing.settings import PackSettings
+from megadit.data.packing.sources import open_source
 from megadit.data.sa1b_like import make as make_sa1b
+from megadit.data.storage import open_store
 from megadit.data.storage.local_s3 import LocalS3
 from megadit.models import build
+from megadit.objectives.image_encoder import ImageEncoder
 from megadit.recipe import load
 
 WORKER = Path(__file__).parents[1] / "workers" / "command.py"
@@ -29,10 +40,10 @@ SECONDS = 240
 class Shrunk(NamedTuple):
     """How an example is shrunk: see the head of shrunk.yaml."""
 
-    needs: list[str] = []
+    needs: Sequence[str] = ()
     add: str = ""
-    replace: dict[str, str] = {}
-    writes: list[str] = []
+    replace: Mapping[str, str] = MappingProxyType({})
+    writes: Sequence[str] = ()
     exit_code: int = 0
     slow: str = ""
     until: str = ""
@@ -54,7 +65,7 @@ def read_table() -> dict[str, Shrunk]:
     lists = sections.pop("words")
     table = {}
     for command, entry in sections.items():
-        values = {key: value for key, value in (entry or {}).items()}
+        values = dict(entry or {})
         values["add"] = values.get("add", "").format(**lists)
         table[command] = Shrunk(**values)
     return table
@@ -68,8 +79,8 @@ class Ended(NamedTuple):
 class Sandbox:
     """The folder, an S3 server, and what was made so far; each command and each need runs once."""
 
-    def __init__(self, folder: Path, server: LocalS3, encoders: dict[str, Path]) -> None:
-        self.folder, self.encoders = folder, encoders
+    def __init__(self, folder: Path, server: LocalS3) -> None:
+        self.folder, self._server = folder, server
         self.table = read_table()
         self._environment = {**os.environ, **server.environment}
         self._ended: dict[tuple[str, ...], Ended] = {}
@@ -79,6 +90,7 @@ class Sandbox:
             "photos": self._photos,
             "sa-1b": self._sa1b,
             "files": self._files,
+            "latents": self._latents,
         }
 
     @cached_property
@@ -126,59 +138,39 @@ class Sandbox:
         return Ended(process.exitcode, log.read_text() if log.exists() else "")
 
     def _photos(self) -> None:
-        make_sa1b(str(self.folder / "photos-raw"), 12, samples_per_tar=6, short_side=48)
-        from tarfile import open as open_tar
-
-        photos = self.folder / "photos"
+        """In photos/: pictures and captions.jsonl as a folder to pack, and a tar of them to index."""
+        raw, photos = self.folder / "photos-raw", self.folder / "photos"
+        make_sa1b(str(raw), 6, samples_per_tar=6, short_side=48)
         (photos / "images").mkdir(parents=True)
-        with open_tar(self.folder / "photos-raw" / "sa_000000.tar") as tar:
-            members = [(member.name, tar.extractfile(member).read()) for member in tar if member.name.endswith("jpg")]
-        lines = []
-        import io
-        import json
-
-        with open_tar(photos / "photos.tar", "w") as tar:
-            from tarfile import TarInfo
-
-            for number, (_, data) in enumerate(members):
-                (photos / "images" / f"{number}.jpg").write_bytes(data)
-                lines.append(json.dumps({"key": str(number), "caption": f"a photograph of the {number}"}))
-                for kind, content in (("jpg", data), ("txt", b"a photograph")):
-                    info = TarInfo(f"{number}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        (photos / "captions.jsonl").write_text("\n".join(lines) + "\n")
+        shutil.copy(raw / "captions.jsonl", photos)
+        captions = {line["key"]: line["caption"] for line in _lines(photos / "captions.jsonl")}
+        with tarfile.open(raw / "sa_000000.tar") as source, tarfile.open(photos / "photos.tar", "w") as tar:
+            for member in source:
+                path = photos / "images" / Path(member.name).name
+                if path.suffix == ".jpg":
+                    path.write_bytes(source.extractfile(member).read())
+                    tar.add(path, path.name)
+                    (raw / f"{path.stem}.txt").write_text(captions[path.stem])
+                    tar.add(raw / f"{path.stem}.txt", f"{path.stem}.txt")
 
     def _sa1b(self) -> None:
         """SA-1B's tars in s3://sa-1b, its checklist and captions in the working folder."""
-        import json
-        import tarfile
-
-        here = self.folder / "sa-1b"
-        make_sa1b(str(here), 24, samples_per_tar=8, short_side=64)
-        (self.folder / "checklist.chk").write_bytes((here / "checklist.chk").read_bytes())
-        texts = self.folder / "captions"
-        texts.mkdir()
+        raw = self.folder / "sa-1b"
+        make_sa1b(str(raw), 24, samples_per_tar=8, short_side=64)
+        shutil.copy(raw / "checklist.chk", self.folder)
         with tarfile.open(self.folder / "SA1B_caption.tar.gz", "w:gz") as tar:
-            for line in (here / "captions.jsonl").read_text().splitlines():
-                record = json.loads(line)
-                path = texts / f"{record['key']}.txt"
-                path.write_text(record["caption"])
+            for line in _lines(raw / "captions.jsonl"):
+                path = raw / f"{line['key']}.txt"
+                path.write_text(line["caption"])
                 tar.add(path, path.name)
-        from megadit.data.storage import open_store
-
-        saved = dict(os.environ)
-        os.environ.update(self._environment)
-        try:
-            store = open_store("s3://sa-1b")
-            for path in here.glob("*.tar"):
-                store.put(path.name, path.read_bytes())
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._server.environment.items():
+                patch.setenv(name, value)
+            for path in raw.glob("*.tar"):
+                open_store("s3://sa-1b").put(path.name, path.read_bytes())
 
     def _files(self) -> None:
-        """Lists of prompts."""
+        """Lists of prompts, recipes, a section of evaluation, a checkpoint as DiT's authors published it."""
         for name in ("prompts.txt", "mine.txt"):
             (self.folder / name).write_text("cat\nred heart\n")
         (self.folder / "my.yaml").write_text("extends: quickstart\nname: my\n")
@@ -192,16 +184,30 @@ class Sandbox:
         model = build(load("dit-xl2-sp", ["model.width=72", "model.depth=2"]).model)
         torch.save(model.state_dict(), self.folder / "DiT-XL-2-256x256.pt")
 
+    def _latents(self) -> None:
+        """In latents/: a pack of latents, of one class, with features of text and of an image encoder."""
+        settings = PackSettings(
+            size=16, holdout=8, where=("subgroup=animal-bird", "skin_tone=false"), label="subgroup", feature_grid=4
+        )
+        models = self.folder / "models"
+        vae, dinov2 = Autoencoder.load(str(models / "sd-vae")), ImageEncoder.load(str(models / "dinov2-base"))
+        pack(open_source("emoji"), str(self.folder / "latents"), settings, TextEncoder.load("minilm"), vae, dinov2)
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
 
 @pytest.fixture(scope="session")
 def sandbox(
-    tmp_path_factory: pytest.TempPathFactory, t5_folder: Path, vae_folder: Path, run_ranks: object
+    tmp_path_factory: pytest.TempPathFactory, t5_folder: Path, vae_folder: Path, repa_folder: Path, run_ranks: object
 ) -> Iterator[Sandbox]:
     folder = tmp_path_factory.mktemp("commands")
     (folder / "models").mkdir()
-    for name, source in {"t5": t5_folder, "t5-v1_1-xxl": t5_folder, "sd-vae": vae_folder}.items():
+    folders = {"t5": t5_folder, "t5-v1_1-xxl": t5_folder, "sd-vae": vae_folder, "sd3-vae": vae_folder}
+    for name, source in {**folders, "dinov2-base": repa_folder}.items():
         (folder / "models" / name).symlink_to(source)
     with LocalS3(tmp_path_factory.mktemp("s3-of-commands")) as server:
         for bucket in ("megadit", "sa-1b", "mine"):
             server.create_bucket(bucket)
-        yield Sandbox(folder, server, {})
+        yield Sandbox(folder, server)

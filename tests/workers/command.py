@@ -1,26 +1,24 @@
-"""Runs the command line with `words` in `folder`; forked, so that nothing has to be imported again."""
+"""The command line, forked, so that nothing has to be imported again.
+
+Run by runpy.run_path with the globals words, folder (to run in), log (what it prints) and environment.
+"""
 
 import os
 import sys
-from pathlib import Path
+from typing import Any
 
-words: list[str]
-folder: Path
-log: Path
-environment: dict[str, str]
+import torch
 
+from megadit.cli import main
+
+given: dict[str, Any] = dict(globals())
 os.environ.clear()  # the fork server keeps the environment of its own start
-os.environ.update(environment)
-os.chdir(folder)
-with log.open("w") as file:
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
+os.environ.update(given["environment"])
+os.chdir(given["folder"])
+with given["log"].open("w") as log:
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
 sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-
-import torch  # noqa: E402
-
 torch.set_num_threads(1)
-sys.argv = ["megadit", *words]
-from megadit.cli import main  # noqa: E402
-
+sys.argv = ["megadit", *given["words"]]
 main()
