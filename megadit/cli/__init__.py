@@ -39,7 +39,7 @@ app = typer.Typer(
     help="Pretrain diffusion transformers with muP: tune on a small model, train the big one.\n\n"
     "\b\nA first run, by hand (`make quickstart` does the same):\n"
     "  megadit data serve runs/s3            # a local S3 server; copy its export lines\n"
-    "  megadit data pack emoji s3://megadit/emoji --where skin_tone=false\n"
+    "  megadit data pack emoji s3://megadit/emoji --size 16 --where skin_tone=false\n"
     "  megadit train quickstart\n"
     '  megadit sample runs/quickstart --prompt "red heart" --grid out.png\n\n' + EXIT_CODES + "\n\n" + ENVIRONMENT,
     no_args_is_help=True,

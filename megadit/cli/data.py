@@ -72,11 +72,12 @@ def data_pack(
 
     \b
     Examples:
-      megadit data pack emoji s3://megadit/emoji --where skin_tone=false
+      megadit data pack emoji s3://megadit/emoji --size 16 --where skin_tone=false
       megadit data pack photos/ /data/photos --size 256 --text /models/t5
-      torchrun --nproc-per-node 8 -m -- megadit data pack s3://me/sa1b s3://me/latents --size 512 --aspect-buckets \\
-        --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae --no-keep-pictures
-      megadit data pack s3://me/sa1b s3://me/aligned --size 256 --text /models/t5-v1_1-xxl --text-dtype int8 \\
+      torchrun --nproc-per-node 8 -m -- megadit data pack s3://mine/sa-1b s3://mine/buckets --size 512 \\
+        --aspect-buckets --text /models/t5-v1_1-xxl --text-dtype int8 --vae /models/sd-vae \\
+        --no-keep-pictures
+      megadit data pack s3://mine/sa-1b s3://mine/aligned --size 256 --text /models/t5-v1_1-xxl --text-dtype int8 \\
         --vae /models/sd3-vae --features /models/dinov2-base --feature-dtype int8 --no-keep-pictures
     """
     from megadit.data.packing.settings import PackSettings
