@@ -33,10 +33,10 @@ def verify_trajectory(
 
     \b
     Examples:
-      megadit verify-trajectory quickstart model.width=64 model.depth=2
+      megadit verify-trajectory quickstart model.width=64
       megadit verify-trajectory quickstart --only fsdp-2,zero1-2 --steps 10
       megadit verify-trajectory quickstart training.precision=bf16 --tolerance 0.05
-      megadit verify-trajectory quickstart model.width=64 model.depth=2 --resume
+      megadit verify-trajectory quickstart model.width=64 --resume
     """
     from megadit.launcher import short_runs
 
