@@ -91,6 +91,7 @@ class Sandbox:
             "sa-1b": self._sa1b,
             "files": self._files,
             "latents": self._latents,
+            "geneval": self._geneval,
         }
 
     @cached_property
@@ -183,6 +184,19 @@ class Sandbox:
         )
         model = build(load("dit-xl2-sp", ["model.width=72", "model.depth=2"]).model)
         torch.save(model.state_dict(), self.folder / "DiT-XL-2-256x256.pt")
+
+    def _geneval(self) -> None:
+        """A run called big, and a list of as many prompts as GenEval's."""
+        self.need("train quickstart")
+        (self.folder / "runs" / "big").symlink_to(self.folder / "runs" / "quickstart")
+        tags = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+        lines = [
+            {"tag": tag, "include": [{"class": "bench", "count": 1}], "prompt": f"{tag} {number}"}
+            for tag, count in tags.items()
+            for number in range(count)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (self.folder / "evaluation_metadata.jsonl").write_text(text)
 
     def _latents(self) -> None:
         """In latents/: a pack of latents, of one class, with features of text and of an image encoder."""
