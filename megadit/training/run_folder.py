@@ -87,13 +87,13 @@ def prepare(
         require_same_table(run, specs)
         if changed:
             logger.info("these keys are free and were changed: %s", changed)
-    write_text(run / "recipe.yaml", recipes.dump(recipe))
     write_text(run / "parameters.json", json.dumps(to_rows(specs), indent=1))
     for number, manifest in manifests.items():
         write_text(_data_file(run, number), manifest.dump().decode())
     path = run / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     write_text(path, json.dumps([*starts, _environment()], indent=1))
+    write_text(run / "recipe.yaml", recipes.dump(recipe))  # last: where it is, the rest is, whenever a start was killed
 
 
 def load_recipe(run: Path) -> Recipe:
