@@ -129,14 +129,14 @@ def paper_space(recipe: Recipe) -> list[str]:
 
     That these were searched at random, in 80 trials, is known; their ranges are not. The learning rates here are those
     of the paper's search for DiT. Clipping spans the customary 0.1 and the paper's best value 1; the REPA weight lies
-    around that paper's default 0.5 (arXiv 2410.06940); warm-up takes at most a tenth of the run. Without an
-    objective.repa in the recipe its weight is left out.
+    around that paper's default 0.5 (arXiv 2410.06940); warm-up takes at most a tenth of the run, or one step.
+    Without an objective.repa in the recipe its weight is left out.
     """
     return [
         "optimizer.lr=2^-13..2^-9",
         "optimizer.max_grad_norm=0.05..10.0",
         *recipe.objective.paper_space,
-        f"optimizer.warmup_steps=0..{recipe.num_steps // 10}",
+        f"optimizer.warmup_steps=0..{max(1, recipe.num_steps // 10)}",
     ]
 
 

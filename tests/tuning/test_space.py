@@ -104,3 +104,10 @@ def test_the_papers_four_hyperparameters(tiny_recipe: Callable[..., Recipe], tin
         assert recipe.optimizer.warmup_steps <= recipe.num_steps // 10
     without = parse_space(paper_space(tiny_recipe()))
     assert [dimension.key for dimension in without] == [key for key in keys if "repa" not in key]
+
+
+def test_the_papers_space_of_a_run_too_short_for_a_tenth(tiny_recipe: Callable[..., Recipe]) -> None:
+    """It has a warm-up to draw all the same; the command line does not name it, so an error could not be followed."""
+    (warmup,) = [line for line in paper_space(tiny_recipe("training.num_images=96")) if "warmup" in line]  # 6 steps
+    assert warmup == "optimizer.warmup_steps=0..1"
+    parse_space([warmup])
